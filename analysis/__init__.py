@@ -1,0 +1,28 @@
+"""analysis: what the layer curves mean, and what to do about it.
+
+Public names load on first use, so that importing this package stays instant and has no side effects.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "localization_test": "analysis.localization",
+    "LocalizationTest": "analysis.localization",
+    "suggest_strata": "analysis.suggestion",
+    "StrataSuggestion": "analysis.suggestion",
+    "write_report": "analysis.report",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'analysis' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,38 @@
+"""spafit: the foundation of the layer-probing toolkit, and the stratified trainer.
+
+Public names load on first use, so that importing this package stays instant and has no side effects.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "load_model": "spafit.models",
+    "LoadedModel": "spafit.models",
+    "find_stacks": "spafit.stacks",
+    "Stack": "spafit.stacks",
+    "StrataConfig": "spafit.strata",
+    "Stratum": "spafit.strata",
+    "SpafitError": "spafit.errors",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from spafit.errors import SpafitError
+    from spafit.models import LoadedModel, load_model
+    from spafit.stacks import Stack, find_stacks
+    from spafit.strata import StrataConfig, Stratum
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'spafit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,115 @@
+"""Files: atomic writes, content digests, schema versions, tidy tables as parquet and CSV."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from spafit.errors import OutputError
+
+SCHEMA_VERSION = 1
+
+
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write(temporary path)`` beside ``path`` and rename the result onto ``path``.
+
+    A reader therefore sees the old file or the whole new one, never a part. The temporary file is removed on failure.
+
+    Raises:
+        OutputError: the folder cannot be written or the disk is full; names the path and the system's reason.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        with temporary.open("rb") as f:
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"Cannot write {path}: {error.strerror or error}. Free space or choose another folder; "
+            "what was finished before is kept."
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically: sorted keys are *not* imposed, NaN becomes null, NumPy scalars become numbers."""
+    write_text(path, json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file as plain Python objects."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def write_table(stem: Path, table: pd.DataFrame, *, csv: bool = True) -> None:
+    """Write ``stem.parquet`` (with the schema version in its metadata) and, by default, ``stem.csv``.
+
+    The bytes depend on the table alone, so that equal results give equal files.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrow = pa.Table.from_pandas(table, preserve_index=False)
+    metadata = {**(arrow.schema.metadata or {}), b"spafit_schema_version": str(SCHEMA_VERSION).encode()}
+    arrow = arrow.replace_schema_metadata(metadata)
+    atomic_write(stem.with_suffix(".parquet"), lambda p: pq.write_table(arrow, p, compression="zstd"))
+    if csv:
+        atomic_write(stem.with_suffix(".csv"), lambda p: table.to_csv(p, index=False, lineterminator="\n"))
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a table that :func:`write_table` wrote (``stem`` or ``stem.parquet``)."""
+    return pd.read_parquet(path.with_suffix(".parquet"))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def content_digest(parts: Iterable[object]) -> str:
+    """SHA-256 over the parts' UTF-8 text, each preceded by its length, so that boundaries count."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = str(part).encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
