@@ -82,7 +82,16 @@ def provenance() -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"python": platform.python_version()}
-    for package in ("spafit", "torch", "transformers", "tokenizers", "scikit-learn", "numpy", "pandas", "peft"):
+    for package in (
+        "spafit",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "scikit-learn",
+        "numpy",
+        "pandas",
+        "peft",
+    ):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

@@ -137,7 +137,9 @@ class Task:
             raise TaskError(f"Task {self.name!r}: unit {self.unit!r} is not one of {', '.join(UNITS)}.")
         for split in ("train", "dev"):
             if not (items["split"] == split).any():
-                raise TaskError(f"Task {self.name!r} has no {split} items. Add them, or give a file with a {split} split.")
+                raise TaskError(
+                    f"Task {self.name!r} has no {split} items. Add them, or give a file with a {split} split."
+                )
         if not self.test_splits:
             raise TaskError(f"Task {self.name!r} has no test items. Add a test split.")
         if items["item"].duplicated().any():
@@ -146,7 +148,9 @@ class Task:
         trained = set(items.loc[items["split"] == "train", "label"])
         if len(trained) < 2:
             only = self.labels[next(iter(trained))]
-            raise TaskError(f"Task {self.name!r} has one class only in training ({only!r}); a probe needs at least two.")
+            raise TaskError(
+                f"Task {self.name!r} has one class only in training ({only!r}); a probe needs at least two."
+            )
         unseen = sorted({self.labels[i] for i in set(items["label"]) - trained})
         if unseen:
             raise TaskError(
@@ -155,7 +159,9 @@ class Task:
             )
         text, span = items["text"].to_numpy(), items["span"].to_numpy()
         if text.min() < 0 or text.max() >= len(self.corpus.texts):
-            raise TaskError(f"Task {self.name!r}: column 'text' points outside the corpus of {len(self.corpus.texts)} texts.")
+            raise TaskError(
+                f"Task {self.name!r}: column 'text' points outside the corpus of {len(self.corpus.texts)} texts."
+            )
         lengths = np.array([len(t.spans) for t in self.corpus.texts])
         if self.unit == "word" and ((span < 0) | (span >= lengths[text])).any():
             raise TaskError(f"Task {self.name!r}: column 'span' points outside its text's words.")
