@@ -16,10 +16,10 @@ class LayerCurve:
         level: ``surface``, ``syntax``, ``semantics`` or ``other``.
         hidden: hidden indices, ascending (0 = embeddings), shape (hidden,).
         values: score per hidden state, shape (hidden,); the unit is ``metric``'s (``bits`` per item by default).
-        replicates: bootstrap replicates of ``values``, items (by cluster) crossed with seeds, shape (replicates, hidden).
-            Within one replicate all hidden states share the same resample, so differences along the curve are paired.
+        replicates: bootstrap replicates of ``values``, items (by cluster) crossed with seeds, (replicates, hidden).
+            Within one replicate all hidden states share the resample: differences along the curve are paired.
         metric: ``bits`` (bits saved per item), ``accuracy`` or another score column.
-        adjusted_by: the control that was subtracted at each hidden state (``random-encoder``, ``word-type``), or ``none``.
+        adjusted_by: the control that was subtracted at each hidden state (``random-encoder``, ``word-type``) or ``none``.
         n_items: number of distinct test items behind the curve.
         n_seeds: number of distinct fits per point.
     """

@@ -6,7 +6,7 @@ Public names load on first use, so that importing this package stays instant and
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -19,13 +19,7 @@ _PUBLIC = {
     "Stratum": "spafit.strata",
     "SpafitError": "spafit.errors",
 }
-__all__ = ["__version__", *_PUBLIC]
-
-if TYPE_CHECKING:
-    from spafit.errors import SpafitError
-    from spafit.models import LoadedModel, load_model
-    from spafit.stacks import Stack, find_stacks
-    from spafit.strata import StrataConfig, Stratum
+__all__ = sorted(["__version__", *_PUBLIC])
 
 
 def __getattr__(name: str) -> Any:

@@ -12,9 +12,7 @@ SHARED = ROOT.parent / "shared" / "data"
 REFERENCE = ROOT.parent / "shared" / "reference"
 MODELS = Path(os.environ.get("SPAFIT_MODELS", Path.home() / ".cache" / "spafit-models"))
 
-needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the shared real data (../shared/data) is not here"
-)
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared real data (../shared/data) is not here")
 needs_smollm2 = pytest.mark.skipif(
     not (MODELS / "smollm2").is_dir(), reason="SmolLM2-135M is not in the model folder (SPAFIT_MODELS)"
 )

@@ -125,7 +125,7 @@ class Task:
 
         Raises:
             TaskError: a column is missing, a split is empty, fewer than two classes in training, a label that
-                occurs in a test split only, a pointer outside the corpus, or a duplicate item id. One sentence with the remedy.
+                occurs in a test split only, a pointer outside the corpus, or a duplicate item id.
         """
         items = self.items
         missing = [c for c in ITEM_COLUMNS if c not in items.columns]
