@@ -19,7 +19,7 @@ class LayerCurve:
         replicates: bootstrap replicates of ``values``, items (by cluster) crossed with seeds, (replicates, hidden).
             Within one replicate all hidden states share the resample: differences along the curve are paired.
         metric: ``bits`` (bits saved per item), ``accuracy`` or another score column.
-        adjusted_by: the control that was subtracted at each hidden state (``random-encoder``, ``word-type``) or ``none``.
+        adjusted_by: the control subtracted at each hidden state (``random-encoder``, ``word-type``) or ``none``.
         n_items: number of distinct test items behind the curve.
         n_seeds: number of distinct fits per point.
     """

@@ -175,7 +175,7 @@ class Task:
         Whole texts are taken in an order that depends on the corpus and the seed alone, until ``max_train`` items are
         reached, so that tasks on one corpus share texts. ``max_train=None`` takes 80 % of the training items (at most
         20,000), so that seeds differ; a ``max_train`` at or above the number of training items takes all of them,
-        and all seeds are then the same draw.
+        and all seeds are then the same draw. A class that the draw would miss adds its first item.
         """
         train = np.flatnonzero((self.items["split"] == "train").to_numpy())
         wanted = min(int(0.8 * len(train)), 20_000) if max_train is None else max_train
@@ -185,4 +185,7 @@ class Task:
         rank = np.empty(len(order), dtype=np.int64)
         rank[order] = np.arange(len(order))
         ranked = train[np.argsort(rank[self.items["text"].to_numpy()[train]], kind="stable")]
-        return np.sort(ranked[:wanted])
+        labels = self.items["label"].to_numpy()
+        drawn, rest = ranked[:wanted], ranked[wanted:]
+        absent, first = np.unique(labels[rest], return_index=True)
+        return np.sort(np.concatenate([drawn, rest[first[~np.isin(absent, labels[drawn])]]]))

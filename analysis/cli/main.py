@@ -1,0 +1,68 @@
+"""The umbrella command ``spafit`` and the front door ``spafit-probe``; commands import their work when they run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import typer
+
+from analysis.cli.cache import cache_app
+from analysis.cli.cite import cite
+from analysis.cli.probe import EXAMPLES, probe
+from analysis.cli.report import report
+from analysis.cli.tasks import tasks_app
+
+app = typer.Typer(
+    name="spafit",
+    help="Probe every layer of a transformer, test the layer-localization hypothesis, and suggest fine-tuning strata.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("probe", epilog=EXAMPLES)(probe)
+app.command("report")(report)
+app.command("cite")(cite)
+app.add_typer(tasks_app, name="tasks")
+app.add_typer(cache_app, name="cache")
+
+probe_app = typer.Typer(
+    name="spafit-probe",
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+probe_app.command(epilog=EXAMPLES)(probe)
+
+
+def main() -> None:
+    """Entry point of ``spafit``."""
+    run_guarded(app)
+
+
+def probe_entry() -> None:
+    """Entry point of ``spafit-probe``."""
+    run_guarded(probe_app)
+
+
+def run_guarded(command: Callable[[], object]) -> None:
+    """Run a command line: one sentence and an exit status instead of a traceback, unless ``--debug`` is given."""
+    from spafit.errors import SpafitError, UsageError
+
+    try:
+        command()
+    except SpafitError as error:
+        if "--debug" in sys.argv:
+            raise
+        sys.stderr.write(f"Error: {error}\n")
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        if "--debug" in sys.argv:
+            raise
+        sys.stderr.write("Interrupted. What was finished is kept; the same command goes on from there.\n")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of stdout went away, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

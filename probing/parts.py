@@ -1,0 +1,76 @@
+"""Finished tasks in a run's folder: what was written for each, and whether it is whole and still valid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from spafit import io
+
+
+def part_files(task: str) -> tuple[str, str, str]:
+    """Paths, relative to the run's folder, of one task's items, probes and score rows."""
+    return f"items/{task}.parquet", f"probes/{task}.safetensors", f"parts/{task}.parquet"
+
+
+def write_part(
+    out: Path,
+    task: str,
+    *,
+    key: str,
+    labels: Sequence[str],
+    scores: pd.DataFrame,
+    items: pd.DataFrame,
+    weights: Mapping[str, np.ndarray],
+    notes: Sequence[str],
+) -> None:
+    """Write items, probes and scores of one finished task, and last the file that says it is finished.
+
+    Args:
+        out: the run's folder.
+        task: the task's name.
+        key: digest of everything that the numbers depend on.
+        labels: class names, kept with the probes.
+        scores: rows as :func:`probing.scoring.score_table` gives them.
+        items: rows as :func:`probing.scoring.item_table` gives them.
+        weights: fitted probes, ``<site>/<pooling>/<control>/<seed>/<hidden>/<weight|bias|mean|scale>``.
+        notes: what was left out or cut.
+    """
+    from safetensors.numpy import save_file
+
+    metadata = {"labels": json.dumps(list(labels)), "task": task, "schema_version": str(io.SCHEMA_VERSION)}
+    contiguous = {k: np.ascontiguousarray(v) for k, v in sorted(weights.items())}
+    item_file, probe_file, score_file = part_files(task)
+    io.write_table(out / item_file.removesuffix(".parquet"), items, csv=False)
+    io.atomic_write(out / probe_file, lambda p: save_file(contiguous, p, metadata=metadata))
+    io.write_table(out / score_file.removesuffix(".parquet"), scores, csv=False)
+    files = {f: io.file_digest(out / f) for f in part_files(task)}
+    io.write_json(out / "parts" / f"{task}.json", {"key": key, "files": files, "notes": list(notes)})
+
+
+def is_finished(out: Path, task: str, key: str) -> bool:
+    """Whether the folder holds this task, whole, with the same key. A damaged part counts as not finished."""
+    part = _read(out, task)
+    if part is None or part.get("key") != key:
+        return False
+    return all((out / f).is_file() and io.file_digest(out / f) == part["files"].get(f) for f in part_files(task))
+
+
+def read_part(out: Path, task: str) -> tuple[pd.DataFrame, list[str]]:
+    """Score rows and notes of a finished task."""
+    part = _read(out, task)
+    assert part is not None
+    return io.read_table(out / part_files(task)[2].removesuffix(".parquet")), list(part["notes"])
+
+
+def _read(out: Path, task: str) -> dict[str, Any] | None:
+    try:
+        part = io.read_json(out / "parts" / f"{task}.json")
+    except (OSError, ValueError):  # absent, or damaged: the task is computed again
+        return None
+    return part if isinstance(part, dict) and isinstance(part.get("files"), dict) else None

@@ -1,0 +1,315 @@
+"""Everything that a probing run checks and decides before any state is computed."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from probing.config import ProbeConfig
+from probing.fitting import ProbeSettings, training_rows
+from probing.parts import is_finished
+from probing.tasks.base import Task, Text
+from spafit import io
+from spafit.errors import DataError, OutputError, TaskError, UsageError, did_you_mean
+from spafit.runtime import pick_device, torch_dtype
+
+if TYPE_CHECKING:
+    from spafit.models import LoadedModel
+
+    from probing.extraction import ExtractionPlan
+    from spafit.stacks import Stack
+
+
+#: Raised by one whenever the same inputs would give other numbers, so that older finished tasks are computed again.
+NUMBERS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class NeededTexts:
+    """The texts of one corpus that a run encodes; ``position`` maps the whole corpus to them (-1: not encoded)."""
+
+    texts: tuple[Text, ...]
+    position: np.ndarray = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ProbePlan:
+    """What a run will do, known before any state is computed.
+
+    Attributes:
+        config: the options.
+        loaded: the model.
+        device: resolved device.
+        out: output folder.
+        tasks: tasks to probe.
+        failed: references or tasks that cannot be probed, with the sentence that says why.
+        hidden: hidden indices that are probed.
+        done: names of tasks whose results are already in the folder.
+        extractions: batches, tokens and bytes of each corpus, by corpus name.
+        needed: the texts of each corpus that are encoded.
+        settings: what determines the probes' numbers.
+        seconds: time spent planning, by phase.
+    """
+
+    config: ProbeConfig
+    loaded: LoadedModel
+    device: str
+    out: Path
+    tasks: tuple[Task, ...]
+    failed: Mapping[str, str]
+    hidden: tuple[int, ...]
+    done: frozenset[str]
+    extractions: Mapping[str, ExtractionPlan]
+    needed: Mapping[str, NeededTexts]
+    settings: ProbeSettings
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def stack(self) -> Stack:
+        """The stack that is probed: the one named in the options, or the first."""
+        return _stack(self.loaded, self.config.stack)
+
+    def task_key(self, task: Task) -> str:
+        """Digest of everything that the task's numbers depend on."""
+        config, model = self.config, self.loaded
+        model_parts = (model.weights_digest, model.adapter_digest, model.tokenizer_digest, self.stack.path)
+        settings = (config.sites, config.pooling, self.hidden, self.settings, config.dtype, config.batch_tokens)
+        return io.content_digest(
+            (NUMBERS_VERSION, io.SCHEMA_VERSION, task.digest, task.level, *model_parts, *settings, self.device)
+        )
+
+    @property
+    def encoders(self) -> int:
+        """Number of encoders run over the texts: the model, and a random-weight one per seed if asked for."""
+        return 1 + len(self.config.seeds) * ("random-encoder" in self.config.controls)
+
+    @property
+    def texts(self) -> int:
+        """Distinct texts over all corpora."""
+        return sum(p.texts for p in self.extractions.values())
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of the pooled states that the cache will hold."""
+        return self.encoders * sum(p.bytes_on_disk for p in self.extractions.values())
+
+    def describe(self) -> str:
+        """The plan in a few lines: model, device, blocks, tasks, texts, estimate of time and disk."""
+        stack = self.stack
+        todo = [t for t in self.tasks if t.name not in self.done]
+        tokens = sum(p.tokens for p in self.extractions.values())
+        truncated = sum(p.truncated for p in self.extractions.values())
+        lines = [
+            f"model      {self.loaded.name}  ({stack.num_blocks} blocks × {stack.width}, {stack.name})",
+            f"device     {self.device}, {self.config.dtype}",
+            f"hidden     {self.config.layers if self.config.layers != 'all' else f'0–{stack.num_blocks}'} "
+            f"(0 = embeddings), pooling {', '.join(self.config.pooling)}, site {', '.join(self.config.sites)}",
+            f"tasks      {len(self.tasks)}: {', '.join(t.name for t in self.tasks)}",
+            f"texts      {self.texts:,} distinct, {tokens:,} tokens, {self.encoders} encoder(s)"
+            + (f"; {truncated:,} longer than the model's window are cut" if truncated else ""),
+            f"cache      {self.bytes_on_disk / 1e6:,.0f} MB of pooled states",
+            f"output     {self.out}",
+        ]
+        if self.done:
+            lines.append(f"finished   {len(self.tasks) - len(todo)} of {len(self.tasks)} tasks are already there")
+        if todo:
+            lines.append(
+                f"estimate   about {format_seconds(self.estimate_seconds())}, less what the cache already holds"
+            )
+        lines += [f"left out   {name}: {why}" for name, why in self.failed.items()]
+        return "\n".join(lines)
+
+    def estimate_seconds(self) -> float:
+        """Rough time still to spend: two timed batches scaled to all tokens, plus a rate for the probes' products."""
+        from probing.extraction import seconds_per_token
+
+        todo = [t for t in self.tasks if t.name not in self.done]
+        if not todo:
+            return 0.0
+        tokens = sum(self.extractions[c].tokens for c in {t.corpus.name for t in todo})
+        per_token = seconds_per_token(self.loaded, stack=self.config.stack, device=self.device, dtype=self.config.dtype)
+        products = sum(
+            len(training_rows(t, self.settings)[self.config.seeds[0]]) * self.stack.width * len(t.labels) * 300.0
+            for t in todo
+        )
+        fits = len(self.hidden) * len(self.config.seeds) * (1 + (self.encoders > 1))
+        return self.encoders * tokens * per_token * 1.15 + fits * products / 2e10 + 5.0
+
+
+def plan_probing(config: ProbeConfig, *, model: Any = None, given: Sequence[Task] = ()) -> ProbePlan:
+    """Check everything that can be checked before work starts, and say what the run will do.
+
+    Args:
+        config: the options.
+        model: an in-memory model in place of ``config.model``.
+        given: task objects in place of those that ``config.tasks`` names (which are then not read).
+
+    Raises:
+        SpafitError: see :func:`probe_layers`. The output folder and the tasks are checked before the model is loaded.
+    """
+    from spafit.models import LoadedModel, load_model
+
+    from probing.extraction import plan_extraction
+
+    seconds: dict[str, float] = {}
+    torch_dtype(config.dtype)
+    if config.out is not None:
+        _check_writable(Path(config.out), config.overwrite)
+    with timed(seconds, "read tasks"):
+        tasks, failed = _read_tasks(config.tasks, given=given, limit=config.limit)
+    device = pick_device(config.device)
+    with timed(seconds, "load model"):
+        reference = config.model if model is None else model
+        loaded = (
+            reference
+            if isinstance(reference, LoadedModel)
+            else load_model(
+                reference,
+                revision=config.revision,
+                offline=config.offline,
+                allow_pickle=config.allow_pickle,
+                stack=config.stack,
+            )
+        )
+    out = Path(config.out) if config.out is not None else Path("runs") / loaded.name
+    if config.out is None:
+        _check_writable(out, config.overwrite)
+    settings = ProbeSettings(
+        seeds=config.seeds,
+        max_train=config.max_train,
+        controls=config.controls,
+        n_boot=config.n_boot,
+        **({} if config.l2 is None else {"l2": config.l2}),
+    )
+    with timed(seconds, "plan"):
+        needed = _needed_texts(tasks, settings)
+        hidden = tuple(config.hidden(_stack(loaded, config.stack).num_blocks + 1))
+        extractions = {
+            name: plan_extraction(loaded, texts.texts, **extraction_options(config, tasks, name))
+            for name, texts in needed.items()
+        }
+    plan = ProbePlan(
+        config, loaded, device, out, tuple(tasks), failed, hidden, frozenset(), extractions, needed, settings, seconds
+    )
+    if config.overwrite != "always":
+        done = {t.name for t in tasks if is_finished(out, t.name, plan.task_key(t))}
+        plan = replace(plan, done=frozenset(done))
+    return plan
+
+
+def _read_tasks(
+    references: Sequence[str], *, given: Sequence[Task], limit: int | None
+) -> tuple[list[Task], dict[str, str]]:
+    """Read each reference by itself, so that one broken file does not cost the others."""
+    from probing.registry import load_tasks
+
+    tasks: list[Task] = [t.validate() for t in given]
+    failed: dict[str, str] = {}
+    for reference in () if given else references:
+        try:
+            tasks += load_tasks([reference])
+        except (TaskError, DataError) as error:
+            if len(references) == 1:
+                raise
+            failed[reference] = str(error)
+    if not tasks:
+        raise TaskError("No task can be probed. " + " ".join(f"{r}: {why}" for r, why in failed.items()))
+    names = [t.name for t in tasks]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise TaskError(f"Task(s) {', '.join(twice)} are asked for twice; name each task once.")
+    return [t if limit is None else _limited(t, limit) for t in tasks], failed
+
+
+def _limited(task: Task, limit: int) -> Task:
+    items = task.items.groupby("split", sort=False).head(limit)
+    trained = set(items.loc[items["split"] == "train", "label"])
+    items = items[items["label"].isin(trained)].reset_index(drop=True)
+    return replace(task, items=items, notes=(*task.notes, f"limited to {limit} items of each split")).validate()
+
+
+def _needed_texts(tasks: Sequence[Task], settings: ProbeSettings) -> dict[str, NeededTexts]:
+    """For each corpus the texts that some draw, dev or test split of some task needs, in the corpus's order."""
+    masks: dict[str, np.ndarray] = {}
+    for task in tasks:
+        mask = masks.setdefault(task.corpus.name, np.zeros(len(task.corpus.texts), dtype=bool))
+        text = task.items["text"].to_numpy()
+        for rows in (
+            np.flatnonzero((task.items["split"] != "train").to_numpy()),
+            *training_rows(task, settings).values(),
+        ):
+            mask[text[rows]] = True
+    corpora = {t.corpus.name: t.corpus for t in tasks}
+    with_words = {t.corpus.name for t in tasks if t.unit == "word"}
+    needed = {}
+    for name, mask in masks.items():
+        position = np.full(len(mask), -1, dtype=np.int64)
+        position[mask] = np.arange(mask.sum())
+        texts = [corpora[name].texts[i] for i in np.flatnonzero(mask)]
+        if name not in with_words:  # word states would be stored for nobody
+            texts = [t if not t.spans else replace(t, spans=()) for t in texts]
+        needed[name] = NeededTexts(tuple(texts), position)
+    return needed
+
+
+def extraction_options(config: ProbeConfig, tasks: Sequence[Task], corpus: str) -> dict[str, Any]:
+    """What extraction and its plan must agree on for one corpus."""
+    units = {t.unit == "word" for t in tasks if t.corpus.name == corpus}
+    options: dict[str, Any] = {
+        "sites": config.sites,
+        "word_pooling": config.pooling if True in units else (),
+        "sentence_pooling": config.pooling if False in units else (),
+        "stack": config.stack,
+        "dtype": config.dtype,
+    }
+    return options if config.batch_tokens is None else {**options, "batch_tokens": config.batch_tokens}
+
+
+def _stack(loaded: LoadedModel, name: str | None) -> Stack:
+    """The stack that is probed: the one named, or the first."""
+    if name is None:
+        return loaded.stacks[0]
+    for stack in loaded.stacks:
+        if name in (stack.name, stack.path):
+            return stack
+    names = [s.name for s in loaded.stacks]
+    raise UsageError(f"--stack {name!r}: {loaded.name} has {', '.join(names)}.{did_you_mean(name, names)}")
+
+
+def _check_writable(out: Path, overwrite: str) -> None:
+    """Find out before the model is loaded that the folder can be written and may be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"--out {out} cannot be written: {error.strerror}. Choose another folder with --out."
+        ) from error
+    if overwrite == "never" and (out / "run.json").exists():
+        raise OutputError(f"--out {out} holds a run already and --overwrite is 'never'. Choose another folder.")
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the wall seconds of the block to ``seconds[phase]``."""
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] = round(seconds.get(phase, 0.0) + time.perf_counter() - begun, 3)
+
+
+def format_seconds(seconds: float) -> str:
+    """``45 s``, ``2 min 10 s``, ``1 h 05 min``."""
+    s = round(seconds)
+    if s < 90:
+        return f"{s} s"
+    return f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"

@@ -1,0 +1,181 @@
+"""Results of a probing run: a view on the files of its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from probing.curves import LayerCurve
+from spafit import io
+from spafit.errors import DataError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ITEM_KEY = ("stack", "site", "pooling", "probe")
+
+
+@dataclass(frozen=True)
+class ProbeResults:
+    """What a probing run found.
+
+    Attributes:
+        run: content of ``run.json``: command, configuration, model, versions, seconds, status per task.
+        scores: tidy scores, columns as in :data:`probing.scoring.SCORE_COLUMNS`.
+        summaries: tidy layer summaries (task, level, stack, site, pooling, probe, control, metric, statistic, value,
+            ci_low, ci_high, note).
+        folder: where the files lie; None for results that were never written.
+    """
+
+    run: dict[str, Any]
+    scores: pd.DataFrame
+    summaries: pd.DataFrame
+    folder: Path | None = None
+    item_tables: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ProbeResults:
+        """Read the folder that ``spafit-probe`` or :func:`probing.probe_layers` wrote.
+
+        Raises:
+            DataError: the folder is not a probing run, or a newer version of this package wrote it.
+        """
+        folder = Path(folder)
+        if not (folder / "run.json").exists() or not (folder / "scores.parquet").exists():
+            raise DataError(
+                f"{folder} holds no finished probing run (run.json and scores.parquet). Give a run's folder."
+            )
+        run = io.read_json(folder / "run.json")
+        if run.get("schema_version", 0) > io.SCHEMA_VERSION:
+            raise DataError(
+                f"{folder} was written with schema version {run['schema_version']}, this package reads up to "
+                f"{io.SCHEMA_VERSION}. Upgrade spafit."
+            )
+        return cls(run, io.read_table(folder / "scores"), io.read_table(folder / "summaries"), folder)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write run.json, the tables and the items into ``folder``; return it."""
+        folder = Path(folder)
+        io.write_json(folder / "run.json", self.run)
+        io.write_table(folder / "scores", self.scores)
+        io.write_table(folder / "summaries", self.summaries)
+        for task in self.tasks:
+            io.write_table(folder / "items" / task, self.items(task), csv=False)
+        return folder
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that have scores, in the order of the run."""
+        return tuple(dict.fromkeys(self.scores["task"]))
+
+    def items(self, task: str) -> pd.DataFrame:
+        """One row per test item and (stack, site, hidden, pooling, probe, control, seed) (``scoring.item_table``)."""
+        if task in self.item_tables:
+            return self.item_tables[task]
+        if task not in self.tasks:
+            raise UsageError(f"No task {task!r} in these results.{did_you_mean(task, self.tasks)}")
+        assert self.folder is not None
+        return io.read_table(self.folder / "items" / task)
+
+    def primary_split(self, task: str) -> str:
+        """The test split that summaries and the verdict use: ``test``, or ``seen`` where word types are split."""
+        splits = set(self.scores.loc[self.scores["task"] == task, "split"])
+        return next((s for s in ("test", "seen") if s in splits), sorted(splits)[0])
+
+    def curve(
+        self,
+        task: str,
+        *,
+        adjusted_by: str | None = "random-encoder",
+        split: str | None = None,
+        stack: str | None = None,
+        site: str = "block",
+        pooling: str | None = None,
+        probe: str | None = None,
+        n_boot: int = 1000,
+    ) -> LayerCurve:
+        """Bits saved per item at each hidden state of one task, with bootstrap replicates (items by cluster × seeds).
+
+        Args:
+            task: name of a task in these results.
+            adjusted_by: control whose bits are subtracted item by item at each hidden state; None subtracts nothing.
+                Where the run has no such control nothing is subtracted and the curve says ``none``.
+            split: test split; the primary one by default.
+            stack: stack, where there are several; the first by default.
+            site: site of the states.
+            pooling: pooling, where there are several; the first by default.
+            probe: probe family, where there are several; the first by default.
+            n_boot: bootstrap replicates.
+        """
+        from spafit.stats import BootstrapDraw
+
+        items = self.items(task)
+        split = split or self.primary_split(task)
+        wanted = {"stack": stack, "site": site, "pooling": pooling, "probe": probe}
+        keep = items["split"] == split
+        for column, value in wanted.items():
+            present = items[column].astype(str)
+            keep &= present == (value if value is not None else present.iloc[0])
+        items = items[keep]
+        own, _ = _values(items, "none")
+        other = _values(items, adjusted_by)[0] if adjusted_by and (items["control"] == adjusted_by).any() else None
+        values = own if other is None else own - other
+        first = items[(items["control"] == "none") & (items["seed"] == items["seed"].iloc[0])]
+        hidden = np.sort(first["hidden"].unique())
+        groups = first.loc[first["hidden"] == hidden[0], "group"].astype(str).to_numpy()
+        draw = BootstrapDraw.make(groups, n_seeds=len(values), n_boot=n_boot, seed=0)
+        level = self.scores.loc[self.scores["task"] == task, "level"].iloc[0]
+        return LayerCurve(
+            task,
+            level,
+            hidden,
+            values.mean((0, 2)),
+            draw.means(values),
+            "bits",
+            adjusted_by if other is not None and adjusted_by else "none",
+            values.shape[2],
+            len(values),
+        )
+
+    def curves(
+        self,
+        tasks: Sequence[str] | None = None,
+        *,
+        adjusted_by: str | None = "random-encoder",
+        pooling: str | None = None,
+    ) -> list[LayerCurve]:
+        """:meth:`curve` of every task (or those named) at the block site."""
+        return [self.curve(t, adjusted_by=adjusted_by, pooling=pooling) for t in tasks or self.tasks]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The score rows to report: means over seeds, with intervals that cross items with seeds."""
+        return self.scores[self.scores["seed"].isna()].reset_index(drop=True)
+
+    def to_markdown(self) -> str:
+        """One line per task with interval, control gap and a sparkline over layers."""
+        from probing.displays import markdown_table
+
+        return markdown_table(self.scores, self.summaries)
+
+    def plot(self, ax: Axes | None = None) -> Any:
+        """Layer curves with bands, of all tasks; or of one-task results into ``ax``."""
+        from probing.displays import layer_curves
+
+        return layer_curves(self.scores, ax=ax)
+
+    def _repr_html_(self) -> str:
+        from probing.displays import html_table
+
+        return html_table(self.scores, self.summaries)
+
+
+def _values(items: pd.DataFrame, control: str) -> tuple[np.ndarray, np.ndarray]:
+    """Bits by (seed, hidden, item) of one control; the rows are stored in that order."""
+    part = items[items["control"] == control]
+    seeds, hidden = part["seed"].unique(), part["hidden"].unique()
+    return part["bits"].to_numpy(np.float64).reshape(len(seeds), len(hidden), -1), seeds

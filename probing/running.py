@@ -1,0 +1,360 @@
+"""Extract, fit, save: carry out a plan, task by task, so that finished work is kept and never done twice."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from probing.config import Overwrite, ProbeConfig
+from probing.fitting import States, TaskFit, fit_task
+from probing.parts import read_part, write_part
+from probing.planning import ProbePlan, extraction_options, plan_probing, timed
+from probing.results import ProbeResults
+from probing.scoring import SCORE_COLUMNS, item_table, score_table
+from probing.summaries import summary_table
+from probing.tasks.base import Task
+from spafit import io
+from spafit.errors import OutputError, SpafitError, TaskError
+from spafit.runtime import Progress, provenance
+
+if TYPE_CHECKING:
+    from probing.store import ActivationStore
+
+
+def probe_layers(
+    model: Any = None,
+    tasks: Sequence[str | Task] = ("core",),
+    *,
+    revision: str | None = None,
+    layers: str = "all",
+    sites: Sequence[str] = ("block",),
+    stack: str | None = None,
+    pooling: Sequence[str] = ("mean",),
+    controls: Sequence[str] = ("word-type", "random-encoder"),
+    max_train: int | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    l2: Sequence[float] | None = None,
+    n_boot: int = 1000,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    batch_tokens: int | None = None,
+    cache_dir: str | Path | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    out: str | Path | None = None,
+    overwrite: Overwrite = "missing",
+    quiet: bool = False,
+) -> ProbeResults:
+    """Probe every layer of a model on every task, with controls and intervals; write a folder and return a view on it.
+
+    The options mean what they mean for ``spafit-probe`` and are described in :class:`probing.config.ProbeConfig`.
+
+    Args:
+        model: anything that :func:`spafit.load_model` takes, a :class:`spafit.LoadedModel`, or None for the built-in
+            default.
+        tasks: references such as ``core`` or ``conllu:PATH#upos``, or :class:`probing.Task` objects.
+        quiet: no progress on stderr.
+
+    Returns:
+        The results. Failed tasks are listed in ``results.run["tasks"]`` with the reason.
+
+    Raises:
+        SpafitError: bad options, a model or all tasks that cannot be used, an output folder that cannot be written.
+    """
+    config = ProbeConfig(
+        model=None if model is None else model if isinstance(model, str) else _reference(model),
+        tasks=tuple(t if isinstance(t, str) else t.name for t in tasks),
+        revision=revision,
+        layers=layers,
+        sites=tuple(sites),
+        stack=stack,
+        pooling=tuple(pooling),
+        controls=tuple(controls),
+        max_train=max_train,
+        seeds=tuple(seeds),
+        l2=None if l2 is None else tuple(l2),
+        n_boot=n_boot,
+        limit=limit,
+        device=device,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        cache_dir=None if cache_dir is None else str(cache_dir),
+        offline=offline,
+        allow_pickle=allow_pickle,
+        out=None if out is None else str(out),
+        overwrite=overwrite,
+    )
+    given = [t for t in tasks if isinstance(t, Task)]
+    references = [t for t in tasks if isinstance(t, str)]
+    plan = plan_probing(replace(config, tasks=tuple(references) or config.tasks), model=model, given=given)
+    return run_plan(replace(plan, config=config), quiet=quiet)
+
+
+def run_plan(plan: ProbePlan, *, command: str | None = None, quiet: bool = False) -> ProbeResults:
+    """Carry out a plan: extract, fit and save task by task, then write the run's tables.
+
+    A task that fails is recorded with its reason and the others go on. On Ctrl-C the finished tasks are kept, the
+    tables are written for them, and ``KeyboardInterrupt`` goes on to the caller.
+    """
+    config, started = plan.config, time.time()
+    seconds = dict(plan.seconds)
+    status: dict[str, dict[str, Any]] = {
+        **{name: {"status": "failed", "error": why} for name, why in plan.failed.items()},
+        **{t.name: {**_facts(t), "status": "done" if t.name in plan.done else "waiting"} for t in plan.tasks},
+    }
+    notes: list[str] = list(plan.loaded.notes)
+    run: dict[str, Any] = {
+        "schema_version": io.SCHEMA_VERSION,
+        "command": command or "probing.probe_layers",
+        "status": "running",
+        "config": config.to_dict(),
+        "model": _model_facts(plan),
+        "device": plan.device,
+        "dtype": config.dtype,
+        "seeds": list(config.seeds),
+        "tasks": status,
+        "texts": plan.texts,
+        "truncated": sum(p.truncated for p in plan.extractions.values()),
+        "warnings": notes,
+        "seconds": seconds,
+        **provenance(),
+    }
+    io.write_json(plan.out / "run.json", run)
+    todo = [t for t in plan.tasks if t.name not in plan.done]
+    try:
+        if todo:
+            _extract_and_fit(plan, todo, status, notes, seconds, quiet=quiet)
+    except KeyboardInterrupt:
+        run["status"] = "interrupted"
+        raise
+    except SpafitError:
+        run["status"] = "failed"
+        raise
+    else:
+        failed = [n for n, s in status.items() if s["status"] == "failed"]
+        run["status"] = "partial" if failed else "complete"
+    finally:
+        with timed(seconds, "write tables"):
+            results = _collect(plan, run, status)
+        seconds["total"] = time.time() - started + sum(plan.seconds.values())
+        if results is not None:
+            io.write_table(plan.out / "scores", results.scores)
+            io.write_table(plan.out / "summaries", results.summaries)
+        io.write_json(plan.out / "run.json", run)
+    if results is None:
+        reasons = "; ".join(f"{n}: {s['error']}" for n, s in status.items() if s["status"] == "failed")
+        raise TaskError(f"No task could be probed. {reasons}")
+    return results
+
+
+def extract_shard(plan: ProbePlan, shard: tuple[int, int], *, quiet: bool = False) -> None:
+    """Compute part ``i`` of ``n`` of the states that a plan needs, into the cache; a later full run merges them."""
+    todo = [t for t in plan.tasks if t.name not in plan.done]
+    total = plan.encoders * sum(p.tokens for p in plan.extractions.values()) / shard[1]
+    with Progress(f"Encoding part {shard[0]} of {shard[1]}", total, quiet=quiet) as progress:
+        for _ in _encoders(plan, todo, shard=shard, progress=progress.advance):
+            pass
+
+
+def _extract_and_fit(
+    plan: ProbePlan,
+    todo: Sequence[Task],
+    status: dict[str, dict[str, Any]],
+    notes: list[str],
+    seconds: dict[str, float],
+    *,
+    quiet: bool,
+) -> None:
+    stores: dict[tuple[int | None, str], ActivationStore] = {}
+    tokens = plan.encoders * sum(plan.extractions[c].tokens for c in {t.corpus.name for t in todo})
+    with Progress(f"Encoding with {plan.encoders} encoder(s)", tokens, quiet=quiet) as progress:
+        for seed, corpus, store, spent in _encoders(plan, todo, shard=None, progress=progress.advance):
+            stores[seed, corpus] = store
+            name = "encode" if seed is None else "encode (random encoders)"
+            seconds[name] = seconds.get(name, 0.0) + spent
+            notes += [n for n in store.notes if n not in notes]
+    per_task = len(plan.hidden) * len(plan.config.seeds) * min(plan.encoders, 2)
+    per_task *= len(plan.config.pooling) * len(plan.config.sites)
+    with Progress("Probing", len(todo) * per_task, quiet=quiet) as progress:
+        for task in todo:
+            progress.advance(0, description=f"Probing {task.name}")
+            begun = time.time()
+            try:
+                notes_of_task = _probe_one(plan, task, stores, progress.advance, seconds)
+            except (SpafitError, ValueError, ArithmeticError, LookupError, RuntimeError, OSError) as error:
+                if isinstance(error, OutputError):
+                    raise
+                # One broken task must not cost the others; the traceback is kept for whoever mends it.
+                status[task.name].update(
+                    status="failed",
+                    error=str(error) or type(error).__name__,
+                    traceback=None if isinstance(error, SpafitError) else traceback.format_exc(),
+                )
+            else:
+                status[task.name].update(status="done", seconds=round(time.time() - begun, 2))
+                status[task.name]["notes"] += notes_of_task
+
+
+def _encoders(
+    plan: ProbePlan, todo: Sequence[Task], *, shard: tuple[int, int] | None, progress: Callable[[float], None]
+) -> Iterator[tuple[int | None, str, ActivationStore, float]]:
+    """Extract every corpus with the model (seed None) and with each seed's random-weight encoder."""
+    from spafit.models import randomize_weights
+
+    from probing.extraction import extract
+
+    corpora = sorted({t.corpus.name for t in todo})
+    seeds: list[int | None] = [None, *(plan.config.seeds if plan.encoders > 1 else ())]
+    for seed in seeds:
+        begun = time.time()
+        encoder = plan.loaded if seed is None else randomize_weights(plan.loaded, seed)
+        for corpus in corpora:
+            store = extract(
+                encoder,
+                plan.needed[corpus].texts,
+                **extraction_options(plan.config, plan.tasks, corpus),
+                device=plan.device,
+                cache_dir=None if plan.config.cache_dir is None else Path(plan.config.cache_dir),
+                shard=shard,
+                progress=progress,
+            )
+            yield seed, corpus, store, time.time() - begun
+            begun = time.time()
+
+
+def _probe_one(
+    plan: ProbePlan,
+    task: Task,
+    stores: Mapping[tuple[int | None, str], ActivationStore],
+    progress: Callable[[float], None],
+    seconds: dict[str, float],
+) -> list[str]:
+    """Fit, score and save one task; returns notes on what was left out."""
+    own = stores[None, task.corpus.name]
+    words = task.unit == "word"
+    text = plan.needed[task.corpus.name].position[task.items["text"].to_numpy()]
+    encoded = text >= 0  # the others are training items that no seed drew
+    rows = own.word_offsets[text] + task.items["span"].to_numpy() if words else text
+    usable = own.word_valid[np.where(encoded, rows, 0)] & encoded if words else encoded
+    notes = []
+    if words and (usable < encoded).any():
+        notes.append(
+            f"{int((usable < encoded).sum())} word(s) beyond the model's window, or without tokens, were left out"
+        )
+    elif own.truncated[text[encoded]].any():
+        cut = np.unique(text[encoded][own.truncated[text[encoded]]])
+        notes.append(f"{len(cut)} text(s) were cut at the model's window")
+    scores, items, weights = [], [], {}
+    for site in plan.config.sites:
+        for pooling in plan.config.pooling:
+
+            def reader(store: ActivationStore, site: str = site, pooling: str = pooling) -> States:
+                read = store.words if words else store.sentences
+                return lambda hidden, positions: read(pooling, hidden=hidden, site=site, rows=rows[positions])
+
+            present = [h for h in plan.hidden if h in own.hidden_of(site)]
+            with timed(seconds, "fit probes"):
+                fit: TaskFit = fit_task(
+                    task,
+                    plan.settings,
+                    hidden=present,
+                    states=reader(own),
+                    random_states={
+                        s: reader(stores[s, task.corpus.name])
+                        for s in plan.config.seeds
+                        if (s, task.corpus.name) in stores
+                    },
+                    usable=usable,
+                    progress=progress,
+                )
+            where = {
+                "stack": plan.stack.name,
+                "site": site,
+                "pooling": pooling,
+                "probe": "linear",
+            }
+            with timed(seconds, "score"):
+                scores.append(score_table(task, fit, plan.settings, where=where))
+                items.append(item_table(task, fit, where=where))
+            weights.update({f"{site}/{pooling}/{k}": v for k, v in fit.weights.items()})
+    with timed(seconds, "write tables"):
+        write_part(
+            plan.out,
+            task.name,
+            key=plan.task_key(task),
+            labels=task.labels,
+            scores=pd.concat(scores),
+            items=pd.concat(items),
+            weights=weights,
+            notes=notes,
+        )
+    return notes
+
+
+def _collect(plan: ProbePlan, run: dict[str, Any], status: dict[str, dict[str, Any]]) -> ProbeResults | None:
+    """The tables of all finished tasks, in the order of the run; None if there is none."""
+    parts, summaries = [], []
+    for task in plan.tasks:
+        if status[task.name]["status"] != "done":
+            continue
+        part, notes = read_part(plan.out, task.name)
+        parts.append(part)
+        status[task.name]["notes"] = [*task.notes, *notes]
+    if not parts:
+        return None
+    scores = pd.concat(parts, ignore_index=True)[list(SCORE_COLUMNS)]
+    results = ProbeResults(run, scores, pd.DataFrame(), plan.out)
+    for task_name in results.tasks:
+        summaries.append(summary_table(results, task_name))
+    return replace(results, summaries=pd.concat(summaries, ignore_index=True))
+
+
+def _reference(model: Any) -> str:
+    return model.reference if hasattr(model, "reference") else f"in memory: {type(model).__name__}"
+
+
+def _model_facts(plan: ProbePlan) -> dict[str, Any]:
+    loaded, stack = plan.loaded, plan.stack
+    return {
+        "name": loaded.name,
+        "reference": loaded.reference,
+        "revision": loaded.revision,
+        "weights_digest": loaded.weights_digest,
+        "adapter_digest": loaded.adapter_digest,
+        "tokenizer_digest": loaded.tokenizer_digest,
+        "stack": stack.name,
+        "blocks": stack.num_blocks,
+        "width": stack.width,
+        "bias_roles": list(stack.bias_roles),
+        "has_biases": stack.has_biases,
+        "causal": stack.causal,
+        "stacks": {s.name: s.num_blocks for s in loaded.stacks},
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "notes": list(loaded.notes),
+    }
+
+
+def _facts(task: Task) -> dict[str, Any]:
+    split = task.items["split"]
+    return {
+        "level": task.level,
+        "unit": task.unit,
+        "description": task.description,
+        "n_train": int((split == "train").sum()),
+        "n_dev": int((split == "dev").sum()),
+        "n_test": {s: int((split == s).sum()) for s in task.test_splits},
+        "labels": list(task.labels)[:100],
+        "source": task.source,
+        "licence": task.licence,
+        "citation": task.citation,
+        "digest": task.digest,
+        "notes": list(task.notes),
+    }
