@@ -56,7 +56,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically: sorted keys are *not* imposed, NaN becomes null, NumPy scalars become numbers."""
-    write_text(path, json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -64,18 +64,19 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Plain JSON content: string keys, lists, numbers; NaN and infinities become null."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not np.isfinite(value):
         return None
     if isinstance(value, Path):
         return str(value)
-    return value
+    return None if value is pd.NA else value
 
 
 def write_table(stem: Path, table: pd.DataFrame, *, csv: bool = True) -> None:
@@ -89,14 +90,18 @@ def write_table(stem: Path, table: pd.DataFrame, *, csv: bool = True) -> None:
     arrow = pa.Table.from_pandas(table, preserve_index=False)
     metadata = {**(arrow.schema.metadata or {}), b"spafit_schema_version": str(SCHEMA_VERSION).encode()}
     arrow = arrow.replace_schema_metadata(metadata)
-    atomic_write(stem.with_suffix(".parquet"), lambda p: pq.write_table(arrow, p, compression="zstd"))
+    atomic_write(_with_extension(stem, ".parquet"), lambda p: pq.write_table(arrow, p, compression="zstd"))
     if csv:
-        atomic_write(stem.with_suffix(".csv"), lambda p: table.to_csv(p, index=False, lineterminator="\n"))
+        atomic_write(_with_extension(stem, ".csv"), lambda p: table.to_csv(p, index=False, lineterminator="\n"))
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a table that :func:`write_table` wrote (``stem`` or ``stem.parquet``)."""
-    return pd.read_parquet(path.with_suffix(".parquet"))
+def read_table(stem: Path) -> pd.DataFrame:
+    """Read the table that :func:`write_table` wrote under the same ``stem``."""
+    return pd.read_parquet(_with_extension(stem, ".parquet"))
+
+
+def _with_extension(stem: Path, extension: str) -> Path:
+    return stem.parent / (stem.name + extension)  # a stem may hold dots, as task names do
 
 
 def file_digest(path: Path) -> str:

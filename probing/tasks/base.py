@@ -131,6 +131,8 @@ class Task:
         missing = [c for c in ITEM_COLUMNS if c not in items.columns]
         if missing:
             raise TaskError(f"Task {self.name!r}: the item table lacks column(s) {', '.join(missing)}.")
+        if not self.name or any(c in self.name for c in "/\\:\0") or self.name.startswith("."):
+            raise TaskError(f"Task name {self.name!r} must serve as a file name: no slash, colon or leading dot.")
         if self.level not in LEVELS:
             raise TaskError(f"Task {self.name!r}: level {self.level!r} is not one of {', '.join(LEVELS)}.")
         if self.unit not in UNITS:

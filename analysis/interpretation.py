@@ -1,0 +1,84 @@
+"""What a probing run means: verdict, strata, figures and the report, written beside its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.localization import LocalizationTest, localization_test
+from analysis.suggestion import StrataSuggestion, suggest_strata
+from probing.results import ProbeResults
+from spafit import io
+
+
+@dataclass(frozen=True)
+class Interpretation:
+    """Verdict and strata of one run, and where everything was written.
+
+    Attributes:
+        results: the run.
+        localization: the test of the hypothesis, as far as probing alone can test it.
+        suggestion: strata from probing evidence alone.
+        paths: files written, the ones to look at first.
+    """
+
+    results: ProbeResults
+    localization: LocalizationTest
+    suggestion: StrataSuggestion
+    paths: tuple[Path, ...]
+
+    @property
+    def verdict(self) -> dict[str, Any]:
+        """Content of ``verdict.json``."""
+        return self.localization.to_dict()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Scores to report, summaries, verdict and strata as plain objects, for programs."""
+        content = {
+            "run": self.results.run,
+            "scores": self.results.to_pandas().to_dict("records"),
+            "summaries": self.results.summaries.to_dict("records"),
+            "verdict": self.verdict,
+            "strata": self.suggestion.config.to_dict(),
+            "paths": [str(p) for p in self.paths],
+        }
+        return io.plain(content)
+
+
+def interpret(results: ProbeResults) -> Interpretation:
+    """Test the hypothesis, suggest strata, and write verdict.json, strata.yaml, figures and the report page.
+
+    Works from the run's files alone. With a random-weight encoder in the run, each curve is the task's bits minus that
+    encoder's at the same hidden state; without one, the raw bits, and the verdict says so.
+    """
+    from analysis.report import write_report
+
+    curves = results.curves(adjusted_by="random-encoder")
+    model = results.run["model"]
+    localization = localization_test(curves)
+    suggestion = suggest_strata(
+        curves,
+        num_blocks=model["blocks"],
+        stack=model["stack"],
+        model_id=model["name"],
+        bias_roles=tuple(model["bias_roles"]),
+    )
+    assert results.folder is not None
+    verdict = localization.to_dict()
+    io.write_json(results.folder / "verdict.json", verdict)
+    suggestion.config.save(results.folder / "strata.yaml")
+    paths = write_report(results, verdict=verdict, suggestion=suggestion)
+    return Interpretation(results, localization, suggestion, (*paths, results.folder / "strata.yaml"))
+
+
+def compare_models(results: Sequence[ProbeResults]) -> Path:
+    """Draw the runs of several models over relative depth into the folder above theirs; return the figure's path."""
+    from probing.displays import relative_depth
+
+    assert results[0].folder is not None
+    path = results[0].folder.parent / "relative_depth.png"
+    figure = relative_depth({r.run["model"]["name"]: r.scores for r in results})
+    io.atomic_write(path, lambda p: figure.savefig(p, dpi=150, bbox_inches="tight"))
+    return path
