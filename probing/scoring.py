@@ -78,18 +78,17 @@ def score_table(task: Task, fit: TaskFit, settings: ProbeSettings, *, where: dic
                 continue  # types never recur: chance by construction
             values = _metric_values(fits, chosen)
             for metric in METRICS:
-                if metric == "macro_f1":
-                    arguments = fits.labels[:, chosen], fits.predictions[:, :, chosen]
-                    per_seed = [
-                        draws[1].macro_f1(*(a[i : i + 1] for a in arguments), n_classes=len(task.labels))
-                        for i in range(len(fits.seeds))
-                    ]
-                    crossed = draws[len(fits.seeds)].macro_f1(*arguments, n_classes=len(task.labels))
-                    points = _macro_f1(*arguments, len(task.labels))
-                else:
-                    per_seed = [draws[1].means(values[metric][i : i + 1]) for i in range(len(fits.seeds))]
+                if metric != "macro_f1":
+                    per_seed = [draws[1].means(v[None]) for v in values[metric]]
                     crossed = draws[len(fits.seeds)].means(values[metric])
                     points = values[metric].mean(-1)
+                elif control == "word-type":
+                    continue  # every seed has labels of its own: no common classes to average over
+                else:
+                    gold, guesses = fits.labels[0, chosen], fits.predictions[:, :, chosen]
+                    per_seed = [draws[1].macro_f1(gold, g[None], n_classes=len(task.labels)) for g in guesses]
+                    crossed = draws[len(fits.seeds)].macro_f1(gold, guesses, n_classes=len(task.labels))
+                    points = _macro_f1(gold, guesses)
                 for i, seed in enumerate(fits.seeds):
                     rows += _rows(fit, base, control, metric, points[i], per_seed[i], fits, i, seed)
                 rows += _rows(fit, base, control, metric, points.mean(0), crossed, fits, None, None)
@@ -185,16 +184,11 @@ def _metric_values(fits: ControlFits, chosen: np.ndarray) -> dict[str, np.ndarra
     return {"accuracy": right.astype(np.float64), "bits": fits.bits[:, :, chosen].astype(np.float64)}
 
 
-def _macro_f1(labels: np.ndarray, predictions: np.ndarray, n_classes: int) -> np.ndarray:
+def _macro_f1(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
     """F1 averaged over the classes that occur among labels or predictions, shape (seeds, hidden)."""
     from sklearn.metrics import f1_score
 
-    return np.array(
-        [
-            [f1_score(gold, guess, average="macro", zero_division=0.0) for guess in guesses]
-            for gold, guesses in zip(labels, predictions, strict=True)
-        ]
-    )
+    return np.array([[f1_score(labels, g, average="macro", zero_division=0.0) for g in seed] for seed in predictions])
 
 
 def _rows(

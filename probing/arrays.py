@@ -1,0 +1,129 @@
+"""Probe representations that a user already has: arrays in, the same results out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from probing.fitting import ProbeSettings, fit_task
+from probing.probes.linear import DEFAULT_L2
+from probing.results import ProbeResults
+from probing.scoring import item_table, score_table
+from probing.summaries import summary_table
+from probing.tasks.base import Corpus, Level, Task, Text
+from spafit import io
+from spafit.errors import NumericalError, UsageError
+from spafit.runtime import generator, provenance
+
+
+def probe_arrays(
+    X: np.ndarray,  # noqa: N803
+    y: Sequence[Any] | np.ndarray,
+    *,
+    groups: Sequence[Any] | np.ndarray | None = None,
+    split: Sequence[str] | np.ndarray | None = None,
+    control: Sequence[str] | np.ndarray | None = None,
+    random_states: Mapping[int, np.ndarray] | None = None,
+    name: str = "task",
+    level: Level = "other",
+    seeds: Sequence[int] = (0, 1, 2),
+    max_train: int | None = None,
+    l2: Sequence[float] = tuple(DEFAULT_L2),
+    n_boot: int = 1000,
+) -> ProbeResults:
+    """Probe each layer of an array of representations.
+
+    Args:
+        X: states, shape (hidden states, items, width); position 0 is the embeddings.
+        y: labels, shape (items,).
+        groups: cluster of each item for splits and intervals, such as the sentence of a token; each item by default.
+        split: ``train``, ``dev`` or ``test`` per item; by default 60/20/20 by group, the same on every call.
+        control: the type of each item (such as the word), which draws its control label; none by default.
+        random_states: states of a random-weight encoder for each seed, shaped like ``X``; none by default.
+        name: the task's name in the tables.
+        level: the linguistic level it is filed under.
+        seeds: each redraws training items and control labels.
+        max_train: training items per seed; None takes 80 % of them, at most 20,000.
+        l2: penalties tried.
+        n_boot: bootstrap replicates.
+
+    Returns:
+        Results with the same tables as a run on a model; ``.save(folder)`` writes them.
+
+    Raises:
+        UsageError: shapes that do not fit.
+        NumericalError: ``X`` is not finite.
+        TaskError: the labels cannot be probed (one class, a class in test only).
+    """
+    states = np.asarray(X)
+    if states.ndim != 3:
+        raise UsageError(f"X must have shape (hidden states, items, width); got {states.shape}.")
+    n = states.shape[1]
+    columns = {"y": y, "groups": groups, "split": split, "control": control}
+    for column, values in columns.items():
+        if values is not None and len(values) != n:
+            raise UsageError(f"{column} has {len(values)} entries; X has {n} items (its second axis).")
+    for seed, other in (random_states or {}).items():
+        if np.shape(other) != states.shape:
+            raise UsageError(f"random_states[{seed}] has shape {np.shape(other)}; X has {states.shape}.")
+    if random_states and set(random_states) != set(seeds):
+        raise UsageError(f"random_states needs one entry per seed {tuple(seeds)}; got {tuple(random_states)}.")
+    for hidden, layer in enumerate(states):
+        if not np.isfinite(layer).all():
+            raise NumericalError(f"X[{hidden}] holds NaN or infinite values; leave those items out.")
+
+    group = np.arange(n).astype(str) if groups is None else np.asarray(groups).astype(str)
+    labels, codes = np.unique(np.asarray(y).astype(str), return_inverse=True)
+    items = pd.DataFrame(
+        {
+            "item": np.arange(n).astype(str),
+            "text": np.arange(n),
+            "span": -1,
+            "label": codes,
+            "split": _split_by_group(group) if split is None else np.asarray(split).astype(str),
+            "group": group,
+            "control": "" if control is None else np.asarray(control).astype(str),
+        }
+    )
+    texts = tuple(Text(f"item {i}") for i in range(n))
+    task = Task(name, level, "sentence", tuple(labels.tolist()), Corpus("arrays", texts), items).validate()
+    controls = tuple(
+        c for c, given in (("word-type", control is not None), ("random-encoder", bool(random_states))) if given
+    )
+    settings = ProbeSettings(tuple(seeds), max_train, tuple(l2), controls, n_boot)
+    fit = fit_task(
+        task,
+        settings,
+        hidden=range(len(states)),
+        states=lambda hidden, rows: np.asarray(states[hidden][rows], dtype=np.float32),
+        random_states={
+            s: lambda hidden, rows, x=np.asarray(x): np.asarray(x[hidden][rows], dtype=np.float32)
+            for s, x in (random_states or {}).items()
+        },
+    )
+    where = {"stack": "arrays", "site": "block", "pooling": "given", "probe": "linear"}
+    run = {
+        "schema_version": io.SCHEMA_VERSION,
+        "command": "probing.probe_arrays",
+        "status": "complete",
+        "model": {"name": "arrays", "stack": "arrays", "blocks": len(states) - 1, "width": states.shape[2]},
+        "seeds": list(seeds),
+        "tasks": {name: {"status": "done", "level": level, "unit": "sentence", "notes": []}},
+        **provenance(),
+    }
+    scores = score_table(task, fit, settings, where=where)
+    results = ProbeResults(run, scores, pd.DataFrame(), None, {name: item_table(task, fit, where=where)})
+    return ProbeResults(run, scores, summary_table(results, name), None, results.item_tables)
+
+
+def _split_by_group(group: np.ndarray) -> np.ndarray:
+    """60/20/20 by group, drawn once from the groups' names."""
+    names = np.unique(group)
+    order = generator(0, "split").permutation(len(names))
+    share = np.empty(len(names))
+    share[order] = np.arange(len(names)) / len(names)
+    part = np.where(share < 0.6, "train", np.where(share < 0.8, "dev", "test"))
+    return part[np.searchsorted(names, group)]
