@@ -61,11 +61,12 @@ def read_layout(block: nn.Module) -> BlockLayout:
     outputs = [x for x in free if x[2] == width and x[1] != width] or [x for x in free if x[2] == width][-1:]
     inner = {size for _, size, _ in outputs}
     firsts = [x for x in free if x not in outputs and x[1] == width and any(x[2] % size == 0 for size in inner)]
+    feed_forward = [p for p, *_ in outputs] if len(outputs) == 1 else _experts(modules, outputs, used, multihead)
 
     sublayers = {
         "attention_norm": own.linears or multihead[:1],
         "cross_attention_norm": cross.linears or multihead[1:2],
-        "output_norm": [p for p, *_ in (*firsts, *outputs)],
+        "output_norm": [p for p, *_ in (*firsts, *outputs)] or feed_forward,
     }
     norms = _assign_norms(modules, {role: paths for role, paths in sublayers.items() if paths}, width)
     found = {
@@ -90,7 +91,6 @@ def read_layout(block: nn.Module) -> BlockLayout:
 
     attention_branch = branch(own.outputs or multihead[:1], "attention_norm")
     cross_branch = branch(cross.outputs or multihead[1:2], "cross_attention_norm")
-    feed_forward = [p for p, *_ in outputs] if len(outputs) == 1 else _experts(modules, outputs, used, multihead)
     feed_forward_branch = branch(feed_forward, "output_norm")
     scales = [p for p, m in modules.items() if type(m).__name__.endswith("LayerScale")]
     if len(scales) == 2:  # a learnt scale on each branch (DINOv2) is part of what is added

@@ -237,15 +237,16 @@ def _norm_first(block: nn.Module) -> bool | None:
 
 
 def _final_norm(model: nn.Module, path: str, width: int) -> str | None:
-    """The norm defined after the stack, beside it or beside a module that holds it."""
+    """The norm beside the stack, or beside a module that holds it: defined after it, or called final (OPT)."""
     place = path
     while place:
         parent = parent_of(place)
         children = list(model.get_submodule(parent).named_children())
-        names = [n for n, _ in children]
-        for name, child in children[names.index(place.rpartition(".")[2]) + 1 :]:
-            before = re.search(r"emb|pre_|pooler", name, flags=re.IGNORECASE)
-            if not before and is_norm(child, name, width) and type(child).__name__ != "Identity":
+        here = [n for n, _ in children].index(place.rpartition(".")[2])
+        for i, (name, child) in enumerate(children):
+            other = re.search(r"emb|pre_|pooler", name, flags=re.IGNORECASE)
+            wanted = "final" in name or (i > here and not other)
+            if wanted and is_norm(child, name, width) and type(child).__name__ != "Identity":
                 return join_path(parent, name)
         place = parent
     return None
