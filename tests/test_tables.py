@@ -72,7 +72,7 @@ def test_integers_stay_integers_beside_missing_values(tmp_path):
         ("a.jsonl", '{"a": 1}\n[1]\n', r"a\.jsonl:2: holds a list"),
         ("a.jsonl", "\n", r"a\.jsonl: holds no rows"),
         ("a.parquet", "PAR1 but not really", r"a\.parquet: not a readable parquet file"),
-        ("a.xlsx", "?", r"a\.xlsx: unknown table format\. Use \.tsv"),
+        ("a.xlsx", "?", r"a\.xlsx: unknown table format\. Use one of \.tsv"),
         ("a.tsv.gz", "not gzip", r"a\.tsv\.gz: cannot be read"),
     ],
 )

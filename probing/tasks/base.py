@@ -107,7 +107,7 @@ class Task:
     @property
     def test_splits(self) -> tuple[str, ...]:
         """Names of the test splits, the primary one (``test``, or ``seen`` where word types are split) first."""
-        found = sorted(set(self.items["split"]) - {"train", "dev"})
+        found = sorted(set(self.items["split"].unique()) - {"train", "dev"})
         return tuple(sorted(found, key=lambda s: (s not in ("test", "seen"), s)))
 
     @cached_property

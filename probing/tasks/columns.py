@@ -1,0 +1,433 @@
+"""Tasks from the columns of a table: sentence, pair, and token classification.
+
+References that read GLUE's files as they come (columns of files without a header are numbered from 0):
+
+* CoLA: ``table:CoLA,train=cola_public/raw/in_domain_train.tsv,dev=dev.tsv,text=3,label=1``
+* RTE: ``table:RTE,text=sentence1,text2=sentence2,label=label``
+* SST-2: ``table:SST-2,test=test-labeled.tsv,text=sentence,label=label``
+* WNLI: ``table:WNLI,train=train.rebuilt.tsv,dev=dev.tsv,text=sentence1,text2=sentence2,label=label``
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import pandas as pd
+
+from probing.tasks.base import LEVELS, UNITS, Corpus, Level, Task, Text, Unit
+from probing.tasks.reading import licence_of, overlap_notes, safe_name, sorted_labels
+from spafit.data.tables import Quoting, read_table_file, table_suffix
+from spafit.errors import DataError, TaskError, did_you_mean
+from spafit.runtime import generator
+
+#: Share of the training texts that a missing dev (or test) split gets.
+HELD_OUT = 0.1
+#: Distinct decimal numbers above which labels are taken for measurements rather than classes.
+MAX_DECIMALS = 20
+
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training", "tr"), "train"),
+    **dict.fromkeys(("dev", "validation", "valid", "val", "va"), "dev"),
+    **dict.fromkeys(("test", "te"), "test"),
+}
+_FILE_STEMS = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
+_OPTION = re.compile(r",([A-Za-z0-9_]+)=")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may follow the path or name in a ``table:`` or ``hub:`` reference, as ``,option=value``.
+
+    Attributes:
+        text: column of the text: a string, or a list of words.
+        text2: column of the second text of a pair.
+        label: column of the label; lists, one label per word, make it a token classification.
+        split: column that tells the split, in a single table.
+        group: column whose value clusters items for the intervals (a document); by default equal texts form a cluster.
+        unit: ``word`` reads both columns as whitespace-separated lists; otherwise what the columns imply.
+        level: level that the task is filed under (``other``).
+        name: the task's name; by default that of the file or, for ``train.tsv`` and the like, of its folder.
+        header: ``yes`` or ``no``; by default ``no`` where all columns are numbers.
+        quoting: ``none``, ``minimal`` or ``auto`` (none for TSV, minimal for CSV).
+        train: training file, relative to the path (hub: name of the training split); likewise ``dev`` and ``test``.
+        dev: see ``train``.
+        test: see ``train``.
+        config: hub only: configuration (subset) of the data set.
+        revision: hub only: branch, tag or commit.
+    """
+
+    text: str = ""
+    text2: str = ""
+    label: str = ""
+    split: str = ""
+    group: str = ""
+    unit: str = ""
+    level: str = "other"
+    name: str = ""
+    header: str = ""
+    quoting: str = "auto"
+    train: str = ""
+    dev: str = ""
+    test: str = ""
+    config: str = ""
+    revision: str = ""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Option and column name of the columns that are read."""
+        named = {k: getattr(self, k) for k in ("text", "text2", "label", "split", "group")}
+        return {k: v for k, v in named.items() if v}
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The splits that the reference names itself."""
+        return {k: v for k in ("train", "dev", "test") if (v := getattr(self, k))}
+
+
+TABLE_ONLY, HUB_ONLY = ("header", "quoting"), ("config", "revision")
+
+
+def parse_options(reference: str, body: str, *, forbidden: Sequence[str]) -> tuple[str, Options]:
+    """Split ``PATH,option=value,…`` at the commas that an option follows, so paths and columns may hold commas.
+
+    Raises:
+        TaskError: an unknown, repeated, empty, missing or impossible option; names the reference.
+    """
+    allowed = [f.name for f in fields(Options) if f.name not in forbidden]
+    target, *rest = _OPTION.split(body)
+    given: dict[str, str] = {}
+    for key, value in zip(rest[::2], rest[1::2], strict=True):
+        if key not in allowed:
+            raise TaskError(
+                f"{reference!r}: unknown option {key!r}.{did_you_mean(key, allowed)} Use {', '.join(allowed)}."
+            )
+        if key in given or not value:
+            raise TaskError(f"{reference!r}: option {key!r} {'is given twice' if key in given else 'has no value'}.")
+        given[key] = value
+    options = Options(**given)
+    choices = {"unit": ("", *UNITS), "level": LEVELS, "header": ("", "yes", "no"), "quoting": get_args(Quoting)}
+    for key, values in choices.items():
+        if getattr(options, key) not in values:
+            raise TaskError(
+                f"{reference!r}: {key}={getattr(options, key)!r} is not one of {', '.join(v for v in values if v)}."
+            )
+    if not target or not options.text or not options.label:
+        raise TaskError(f"{reference!r}: a path (or name), text=COLUMN and label=COLUMN are needed.")
+    if options.split and options.files:
+        raise TaskError(f"{reference!r}: give either split= or train=, dev= and test=, not both.")
+    return target, options
+
+
+@dataclass(frozen=True)
+class Part:
+    """One table of a task: the split it holds (empty: decided by a column, or still to be made), and its address."""
+
+    split: str
+    where: str
+    frame: pd.DataFrame
+    optional: bool = False  # found by its name alone: passed over if it has no labels
+
+
+def table_tasks(body: str, *, base: Path) -> list[Task]:
+    """Read the task of a reference ``table:PATH,text=…,label=…`` (``body`` is what follows the prefix).
+
+    ``PATH`` is a folder with ``train``, ``dev`` (or ``validation``, ``valid``, ``val``) and ``test`` files, or one
+    file with a ``split=`` column, or one file that is split 80/10/10; ``train=``, ``dev=`` and ``test=`` name files
+    relative to the folder, and then only the ones named, plus ``train`` by its usual name, are read. With a file as
+    ``PATH`` and ``dev=`` or ``test=``, the file is the training split.
+
+    A missing dev split is carved from training (10 % of the texts, stratified by label); where only dev exists beside
+    training, dev is the test split. Empty texts and missing labels are dropped. All of that is in the task's notes.
+
+    Raises:
+        DataError: a malformed file or cell (names file and line).
+        TaskError: the reference or the task does not hold together.
+    """
+    reference = f"table:{body}"
+    target, options = parse_options(reference, body, forbidden=HUB_ONLY)
+    path = base / Path(target).expanduser()
+    header = options.header != "no"
+    if not options.header:
+        header = not all(column.isdecimal() for column in options.columns.values())
+    parts = [
+        Part(split, str(file), read_table_file(file, header=header, quoting=cast(Quoting, options.quoting)), optional)
+        for split, file, optional in _files(reference, path, options)
+    ]
+    folder = path if path.is_dir() else path.parent
+    stem = path.name[: path.name.index(table_suffix(path))] if path.is_file() else path.resolve().name
+    if path.is_file() and stem.lower() in SPLIT_NAMES:
+        stem = folder.resolve().name
+    return [
+        task_from_parts(
+            parts,
+            options,
+            name=options.name or safe_name(stem).lower(),
+            source=f"{folder.resolve().name}/{path.name}" if path.is_file() else path.resolve().name,
+            licence=licence_of(folder),
+        )
+    ]
+
+
+def _files(reference: str, path: Path, options: Options) -> list[tuple[str, Path, bool]]:
+    """Split, file, and whether it was merely found, for each file that ``reference`` means."""
+    given = options.files
+    if path.is_file():
+        if not given:
+            return [("", path, False)]
+        if "train" in given:
+            raise TaskError(f"{reference!r}: the path is the training file already; drop train= or name the folder.")
+        return [("train", path, False), *((s, path.parent / f, False) for s, f in given.items())]
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder.")
+    if options.split:
+        raise TaskError(f"{reference!r}: split= needs one file, and {path} is a folder.")
+    files = [(split, path / name, False) for split, name in given.items()]
+    for split, stems in _FILE_STEMS.items():
+        if split in given or (given and split != "train"):
+            continue
+        found = [f for f in sorted(path.iterdir()) if table_suffix(f) and f.name.partition(".")[0].lower() in stems]
+        found = [f for f in found if f.name.removesuffix(".gz").count(".") == 1]
+        if len(found) > 1:
+            names = ", ".join(f.name for f in found)
+            raise TaskError(f"{reference!r}: several {split} files ({names}). Choose with {split}=FILE.")
+        files += [(split, found[0], split == "test")] if found else []
+    if not any(split == "train" for split, _, _ in files):
+        raise DataError(f"{path}: has no training file (train.tsv, .csv, .jsonl, .parquet). Name one with train=FILE.")
+    return sorted(files, key=lambda f: list(_FILE_STEMS).index(f[0]))
+
+
+@dataclass
+class _Rows:
+    """Kept rows in reading order, and counts of the dropped ones."""
+
+    split: list[str] = field(default_factory=list)
+    item: list[str] = field(default_factory=list)
+    text: list[Text] = field(default_factory=list)
+    labels: list[list[str]] = field(default_factory=list)  # one label, or one per word ("" where a word has none)
+    group: list[str] = field(default_factory=list)
+    empty: int = 0
+    unlabelled: int = 0
+
+
+def task_from_parts(parts: Sequence[Part], options: Options, *, name: str, source: str, licence: str) -> Task:
+    """Build the task that ``options`` describe from tables that have been read (see :func:`table_tasks`)."""
+    notes: list[str] = []
+    used = []
+    for part in parts:
+        if part.optional and options.label not in part.frame.columns:
+            notes.append(f"{Path(part.where).name} has no column {options.label!r} and is not used.")
+            continue
+        _check_columns(part, options.columns)
+        used.append(part)
+    unit = _unit(used[0], options)
+    rows = _Rows()
+    for part in used:
+        _read_rows(part, options, unit, rows)
+    if not rows.text:
+        why = "every text is empty" if rows.empty else "no row has a label"
+        raise TaskError(f"Task {name!r} has no items: {why}.")
+    if rows.empty:
+        notes.append(f"{rows.empty} row(s) with an empty text dropped.")
+    if rows.unlabelled:
+        notes.append(f"{rows.unlabelled} row(s) without a label dropped.")
+    classes = sorted_labels(label for labels in rows.labels for label in labels if label)
+    _refuse_measurements(name, options.label, classes)
+    position: dict[Text, int] = {}
+    texts = [position.setdefault(text, len(position)) for text in rows.text]
+    splits = _with_all_splits(rows, texts, notes, unit)
+    index = {label: i for i, label in enumerate(classes)}
+    items = pd.DataFrame(
+        [
+            (
+                f"{item}:{span + 1}" if unit == "word" else item,
+                text,
+                span if unit == "word" else -1,
+                index[label],
+                split,
+                group or f"text-{text}",
+                rows_text.words[span].lower() if unit == "word" else "",
+            )
+            for item, text, rows_text, labels, split, group in zip(
+                rows.item, texts, rows.text, rows.labels, splits, rows.group, strict=True
+            )
+            for span, label in enumerate(labels)
+            if label
+        ],
+        columns=["item", "text", "span", "label", "split", "group", "control"],
+    )
+    notes += overlap_notes(items, "text(s)")
+    what = {"word": "Label of a word", "sentence": "Label of a text", "pair": "Label of a pair of texts"}[unit]
+    return Task(
+        name=name,
+        level=cast(Level, options.level),
+        unit=unit,
+        labels=classes,
+        corpus=Corpus(name, tuple(position)),
+        items=items,
+        description=f"{what} (column {options.label!r} of {source}).",
+        source=source,
+        licence=licence,
+        citation="see the data's source",
+        notes=tuple(notes),
+    ).validate()
+
+
+def _check_columns(part: Part, columns: Mapping[str, str]) -> None:
+    names = [str(c) for c in part.frame.columns]
+    for option, column in columns.items():
+        if column not in names:
+            raise TaskError(
+                f"{part.where}: has no column {column!r} ({option}=).{did_you_mean(column, names)} "
+                f"It has {', '.join(names)}."
+            )
+
+
+def _unit(part: Part, options: Options) -> Unit:
+    lists = part.frame[options.label].map(lambda v: isinstance(v, list)).any()
+    implied: Unit = "word" if lists or options.unit == "word" else "pair" if options.text2 else "sentence"
+    if options.unit and options.unit != implied:
+        hint = "pair tasks need text2=" if options.unit == "pair" else "the columns hold something else"
+        raise TaskError(f"{part.where}: unit={options.unit} does not fit a {implied} task: {hint}.")
+    if implied == "word" and options.text2:
+        raise TaskError(f"{part.where}: token classification takes one text; drop text2=.")
+    return implied
+
+
+def _read_rows(part: Part, options: Options, unit: Unit, rows: _Rows) -> None:
+    frame = part.frame
+    origin = part.split or "row"
+    columns = {option: frame[column].tolist() for option, column in options.columns.items()}
+    for i, line in enumerate(frame.index):
+        where = f"{part.where}:{line}"
+        cell = {option: values[i] for option, values in columns.items()}
+        first = _words(cell["text"], where) if unit == "word" else _string(cell["text"], where, options.text)
+        second = _string(cell["text2"], where, options.text2) if "text2" in cell else None
+        if not first or second == "":
+            rows.empty += 1
+            continue
+        labels = _word_labels(cell["label"], first, where) if unit == "word" else [_label(cell["label"], where)]
+        if not any(labels):
+            rows.unlabelled += 1
+            continue
+        rows.split.append(_split(cell["split"], where) if "split" in cell else part.split)
+        rows.item.append(f"{origin}:{line}")
+        rows.text.append(Text.from_words(first) if unit == "word" else Text(cast(str, first), second=second))
+        rows.labels.append(labels)
+        rows.group.append(str(cell["group"]) if "group" in cell else "")
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def _string(value: Any, where: str, column: str) -> str:
+    if _missing(value):
+        return ""
+    if isinstance(value, list) and all(isinstance(w, str) for w in value):
+        value = " ".join(value)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: column {column!r} holds a {type(value).__name__}; a text must be a string.")
+    return value.strip()
+
+
+def _words(value: Any, where: str) -> list[str]:
+    words = [] if _missing(value) else value.split() if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(w, str) and w.strip() for w in words):
+        raise DataError(f"{where}: the words must be a list of non-empty strings, or one string with spaces.")
+    return words
+
+
+def _word_labels(value: Any, words: Sequence[str], where: str) -> list[str]:
+    labels = [] if _missing(value) else value.split() if isinstance(value, str) else value
+    if not isinstance(labels, list):
+        raise DataError(f"{where}: the labels must be a list with one label per word.")
+    if labels and len(labels) != len(words):
+        raise DataError(f"{where}: {len(labels)} label(s) for {len(words)} word(s).")
+    return [_label(label, where) for label in labels]
+
+
+def _label(value: Any, where: str) -> str:
+    """A label as text; empty where it is missing."""
+    if _missing(value):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int | float):
+        raise DataError(f"{where}: a label is a {type(value).__name__}; labels must be strings or whole numbers.")
+    return str(value).strip()
+
+
+def _split(value: Any, where: str) -> str:
+    name = str(value).strip().lower()
+    split = SPLIT_NAMES.get(name, name)
+    if split in ("train", "dev") or re.fullmatch(r"test([_-].+)?|seen|unseen", split):
+        return split
+    raise DataError(f"{where}: split {value!r} is not one of {', '.join(SPLIT_NAMES)}, test_<name>, seen, unseen.")
+
+
+def _refuse_measurements(name: str, column: str, classes: Sequence[str]) -> None:
+    decimals = [c for c in classes if re.fullmatch(r"-?[0-9]*\.[0-9]+(e-?[0-9]+)?", c)]
+    numbers = [c for c in classes if re.fullmatch(r"-?[0-9]+", c)]
+    if len(decimals) > MAX_DECIMALS and len(decimals) + len(numbers) == len(classes):
+        raise TaskError(
+            f"Task {name!r}: column {column!r} holds {len(classes)} different decimal numbers; the linear probe "
+            "classifies and does no regression. Bin the values into classes first."
+        )
+
+
+def _with_all_splits(rows: _Rows, texts: Sequence[int], notes: list[str], unit: Unit) -> list[str]:
+    """Split of each row, with missing splits carved from training; equal texts stay together."""
+    splits = [s or "train" for s in rows.split]
+    present = set(splits)
+    if not any(rows.split):
+        notes.append("The data bring no splits: split 80/10/10 by text, deterministically.")
+        _carve(splits, texts, rows.labels, HELD_OUT, "test", unit)
+        _carve(splits, texts, rows.labels, HELD_OUT / (1 - HELD_OUT), "dev", unit)
+        return splits
+    if not present - {"train", "dev"}:
+        if "dev" in present:
+            splits = ["test" if s == "dev" else s for s in splits]
+            notes.append("There is no test split: the dev split is used as test.")
+        else:
+            count = _carve(splits, texts, rows.labels, HELD_OUT, "test", unit)
+            notes.append(f"There is no test split: {count} training row(s) (10 % of the texts) are used as test.")
+    if "dev" not in splits:
+        count = _carve(splits, texts, rows.labels, HELD_OUT, "dev", unit)
+        notes.append(f"There is no dev split: {count} training row(s) (10 % of the texts) are used as dev.")
+    return splits
+
+
+def _carve(
+    splits: list[str], texts: Sequence[int], labels: Sequence[list[str]], share: float, into: str, unit: Unit
+) -> int:
+    """Move a ``share`` of the training texts to split ``into``, label by label, in place; the number of rows moved."""
+    rows_of: dict[int, list[int]] = {}
+    for i, split in enumerate(splits):
+        if split == "train":
+            rows_of.setdefault(texts[i], []).append(i)
+    strata: dict[str, list[int]] = {}
+    for text, rows in rows_of.items():
+        strata.setdefault("" if unit == "word" else labels[rows[0]][0], []).append(text)
+    left: dict[str, int] = {}  # rows per label that remain in training: a label must not leave it altogether
+    for rows in rows_of.values():
+        for label in {label for i in rows for label in labels[i]}:
+            left[label] = left.get(label, 0) + 1
+    moved = 0
+    for stratum, members in sorted(strata.items()):
+        wanted = max(round(share * len(members)), 1 if len(members) >= 4 else 0)
+        for k in generator(0, "table split", into, stratum, len(members)).permutation(len(members)):
+            if wanted == 0:
+                break
+            found = {label for i in rows_of[members[k]] for label in labels[i]}
+            if all(left[label] > 1 for label in found):
+                for label in found:
+                    left[label] -= 1
+                for i in rows_of[members[k]]:
+                    splits[i] = into
+                moved += len(rows_of[members[k]])
+                wanted -= 1
+    return moved
