@@ -1,0 +1,134 @@
+"""Where the two criteria put SPAFIT's boundaries, each with a bootstrap over tasks, items and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from analysis.holding import held_from
+from analysis.segmentation import MIN_BLOCKS, SegmentationTest, segment, segmentation_test, standardise
+from probing.curves import LayerCurve
+from spafit.runtime import generator
+
+CONFIDENCE = 0.95
+Criterion = Literal["segmentation", "holding"]
+
+
+@dataclass(frozen=True)
+class BoundaryEstimate:
+    """What one criterion says of the two boundaries.
+
+    Attributes:
+        criterion: ``segmentation`` or ``holding``.
+        boundaries: (s1, s2), first blocks of the second and third stratum.
+        intervals: bootstrap interval of each, inclusive ends, at :data:`CONFIDENCE`.
+        draws: boundaries in each bootstrap draw, shape (draws, 2).
+    """
+
+    criterion: Criterion
+    boundaries: tuple[int, int]
+    intervals: tuple[tuple[int, int], tuple[int, int]]
+    draws: np.ndarray = field(repr=False)
+
+    def probabilities(self, num_blocks: int) -> np.ndarray:
+        """Share of bootstrap draws that put each boundary at each block, shape (2, num_blocks + 1)."""
+        return np.stack([np.bincount(d, minlength=num_blocks + 1) / len(d) for d in self.draws.T])
+
+    def widest(self) -> tuple[str, tuple[int, int]]:
+        """Name and interval of the less certain boundary."""
+        i = int(np.argmax([high - low for low, high in self.intervals]))
+        return f"s{i + 1}", self.intervals[i]
+
+
+def bootstrap_curves(curves: Sequence[LayerCurve], *, n_boot: int, seed: int) -> np.ndarray:
+    """Draw curves: tasks resampled within each level, and for each drawn task one of its curve's replicates.
+
+    Returns:
+        Shape (n_boot, tasks, hidden); row t of a draw has the level of ``curves[t]``.
+    """
+    if not curves:
+        return np.zeros((n_boot, 0, 0))
+    rng = generator(seed, "strata suggestion", *sorted(c.task for c in curves))
+    levels = np.array([c.level for c in curves])
+    chosen = np.empty((n_boot, len(curves)), dtype=np.int64)
+    for level in sorted(set(levels)):
+        own = np.flatnonzero(levels == level)
+        chosen[:, own] = own[rng.integers(len(own), size=(n_boot, len(own)))]
+    uniform = rng.random(chosen.shape)
+    draws = np.empty((*chosen.shape, len(curves[0].hidden)))
+    for t, curve in enumerate(curves):
+        here = chosen == t
+        draws[here] = curve.replicates[(uniform[here] * len(curve.replicates)).astype(np.int64)]
+    return draws
+
+
+def _estimate(criterion: Criterion, boundaries: tuple[int, int], draws: np.ndarray) -> BoundaryEstimate:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail], axis=0, method="inverted_cdf").astype(int)
+    s1, s2 = ((int(min(low[i], b)), int(max(high[i], b))) for i, b in enumerate(boundaries))
+    return BoundaryEstimate(criterion, boundaries, (s1, s2), draws)
+
+
+def by_segmentation(
+    curves: Sequence[LayerCurve], draws: np.ndarray, *, num_blocks: int
+) -> tuple[SegmentationTest, BoundaryEstimate] | str:
+    """Test three segments against smooth profiles and cut; or the reason why that cannot be done.
+
+    Args:
+        curves: one per task.
+        draws: from :func:`bootstrap_curves`, shape (draws, tasks, hidden).
+        num_blocks: L; every hidden state from 1 to L is needed.
+    """
+    if len(curves) < 2:
+        return f"it needs at least two tasks, got {len(curves)}"
+    if num_blocks < MIN_BLOCKS:
+        return f"it needs at least {MIN_BLOCKS} blocks, got {num_blocks}"
+    inner = curves[0].hidden > 0
+    if not np.array_equal(curves[0].hidden[inner], np.arange(1, num_blocks + 1)):
+        return f"it needs every hidden state from 1 to {num_blocks}, and some were not probed"
+    profiles = np.stack([c.values for c in curves])[:, inner]
+    varying = int((standardise(profiles) != 0).any(axis=1).sum())
+    if varying < 2:
+        return f"it needs at least two tasks whose score varies over depth, got {varying}"
+    test = segmentation_test(profiles)
+    return test, _estimate("segmentation", test.cuts, segment(standardise(draws[..., inner])))
+
+
+def by_holding(
+    curves: Sequence[LayerCurve], draws: np.ndarray, *, share: float, basic_levels: Sequence[str]
+) -> BoundaryEstimate | str:
+    """Boundaries by the holding rule; or the reason why it gives none.
+
+    Args:
+        curves: one per task.
+        draws: from :func:`bootstrap_curves`, shape (draws, tasks, hidden).
+        share: q.
+        basic_levels: levels that place s1; the others place s2.
+    """
+    if not curves:
+        return "there is no usable curve"
+    basic = np.array([c.level in basic_levels for c in curves], dtype=bool)
+    values = np.stack([c.values for c in curves])
+    for words, own in ((f"the basic levels ({', '.join(basic_levels)})", basic), ("the other levels", ~basic)):
+        if not own.any():
+            return f"no task belongs to {words}"
+        if held_from(values[own], share=share) < 0:
+            return f"no task of {words} exceeds its control at any hidden state"
+    hidden = curves[0].hidden
+    # A draw in which a group holds nothing says that its knowledge may be nowhere: position -1, held at the very end.
+    s1, other = (hidden[held_from(draws[:, own], share=share)] for own in (basic, ~basic))
+    drawn = np.stack([s1, np.maximum(s1, other)], axis=1)
+    return _estimate("holding", holding_pair(curves, share=share, basic_levels=basic_levels), drawn)
+
+
+def holding_pair(curves: Sequence[LayerCurve], *, share: float, basic_levels: Sequence[str]) -> tuple[int, int]:
+    """(s1, s2) of the holding rule on the curves as they are; both groups must hold something."""
+    hidden = curves[0].hidden
+    s1, other = (
+        int(hidden[held_from(np.stack([c.values for c in curves if (c.level in basic_levels) == wanted]), share=share)])
+        for wanted in (True, False)
+    )
+    return s1, max(s1, other)
