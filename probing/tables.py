@@ -36,7 +36,8 @@ class TaskRow:
         best_low: lower end.
         best_high: upper end.
         at: hidden state of the largest accuracy (noise on a flat curve; see ``first``).
-        first: first hidden state within one standard error of the best.
+        first: first hidden state within one standard error of the best of ``first_of``.
+        first_of: the score of ``first``: ``accuracy``, or for example ``bits − random-encoder``.
         cog: emergence centre of gravity in hidden states, with interval ``cog_low``, ``cog_high``.
         cog_low: lower end.
         cog_high: upper end.
@@ -62,6 +63,7 @@ class TaskRow:
     best_high: float
     at: int | None
     first: int | None
+    first_of: str
     cog: float
     cog_low: float
     cog_high: float
@@ -128,6 +130,7 @@ def variants(scores: pd.DataFrame, task: str) -> list[tuple[str, ...]]:
 def overview(scores: pd.DataFrame, summaries: pd.DataFrame) -> list[TaskRow]:
     """One :class:`TaskRow` per task and (stack, site, pooling, probe), by level, then in the order of the table."""
     rows = []
+    adjusted = [("bits", c) for c in ("random-encoder", "difference:random-encoder", "none")]
     for level, task in ordered_tasks(scores):
         split = primary_split(scores, task)
         for variant in variants(scores, task):
@@ -152,14 +155,14 @@ def overview(scores: pd.DataFrame, summaries: pd.DataFrame) -> list[TaskRow]:
                 task=task,
                 variant=variant,
                 name="first_within_1se",
-                prefer=[("accuracy", "none"), ("bits", "none")],
+                prefer=[("accuracy", "none"), *adjusted],
             )
             cog = statistic(
                 summaries,
                 task=task,
                 variant=variant,
                 name="emergence_cog",
-                prefer=[("bits", c) for c in ("random-encoder", "difference:random-encoder", "none")],
+                prefer=adjusted,
             )
             rows.append(
                 TaskRow(
@@ -175,6 +178,7 @@ def overview(scores: pd.DataFrame, summaries: pd.DataFrame) -> list[TaskRow]:
                     best_high=float("nan") if top is None else float(top["ci_high"]),
                     at=at,
                     first=None if first is None or pd.isna(first["value"]) else round(first["value"]),
+                    first_of="" if first is None else _adjusted(str(first["metric"]), str(first["control"])),
                     cog=float("nan") if cog is None else float(cog["value"]),
                     cog_low=float("nan") if cog is None else float(cog["ci_low"]),
                     cog_high=float("nan") if cog is None else float(cog["ci_high"]),
@@ -281,8 +285,10 @@ def legend(rows: Sequence[TaskRow], *, width: int = 120) -> str:
     parts = [
         f"[ ]: 95 % interval, test items by sentence{' crossed with seeds' if seeds and seeds[-1] > 1 else ''}"
         f" ({_numbers(seeds)} distinct fit{'s' if seeds != [1] else ''} per point).",
-        "at: hidden state of the best accuracy (0 = embeddings); 1SE: the first within one standard error of it.",
+        "at: hidden state of the best accuracy (0 = embeddings).",
     ]
+    if first := sorted({r.first_of for r in rows if r.first_of}):
+        parts.append(f"1SE: the first within one standard error of the best {' or '.join(first)}.")
     if adjusted:
         parts.append(f"CoG: emergence centre of gravity over hidden states, from {' or '.join(adjusted)}.")
     parts.append("−rand, −ctrl: accuracy minus the random encoder's and minus the word-type control task's, there.")

@@ -51,7 +51,7 @@ METRIC_LABELS = {
 #: What the bands and brackets of probing scores are.
 INTERVAL = "95 % bootstrap interval over test items (by sentence) crossed with seeds"
 
-_RC: dict[str, Any] = {
+_RC: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.0,
@@ -244,7 +244,7 @@ def label_line_ends(ax: Axes, ends: Sequence[tuple[float, str, str]], *, x: floa
     unit = (high - low) / max(height, 1.0)
     gap = 1.25 * fontsize * unit
     placed = spread([e[0] for e in ends], gap=gap, low=low + gap / 2, high=high - gap / 2)
-    texts = []
+    texts: list[Text] = []
     for (y, name, color), where in zip(ends, placed, strict=True):
         texts.append(
             ax.annotate(

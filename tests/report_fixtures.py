@@ -165,22 +165,7 @@ def summaries(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-WORDS = (
-    "old",
-    "captain",
-    "saw",
-    "seven",
-    "green",
-    "boats",
-    "near",
-    "a",
-    "broken",
-    "pier",
-    "while",
-    "nobody",
-    "on",
-    "shore",
-)
+WORDS = ("old", "captain", "saw", "green", "boats", "near", "a", "broken", "pier", "while", "nobody", "on", "shore")
 
 
 def items(table: pd.DataFrame, *, task: str, n: int = 60, random_state: int = 3) -> pd.DataFrame:
