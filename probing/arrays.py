@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from probing.fitting import ProbeSettings, fit_task
+from probing.fitting import ProbeSettings, States, fit_task
 from probing.probes.linear import DEFAULT_L2
-from probing.results import ProbeResults
+from probing.results import ProbeResults, summary_table
 from probing.scoring import item_table, score_table
-from probing.summaries import summary_table
 from probing.tasks.base import Corpus, Level, Task, Text
 from spafit import io
 from spafit.errors import NumericalError, UsageError
@@ -20,7 +19,7 @@ from spafit.runtime import generator, provenance
 
 
 def probe_arrays(
-    X: np.ndarray,  # noqa: N803
+    X: np.ndarray,
     y: Sequence[Any] | np.ndarray,
     *,
     groups: Sequence[Any] | np.ndarray | None = None,
@@ -98,11 +97,8 @@ def probe_arrays(
         task,
         settings,
         hidden=range(len(states)),
-        states=lambda hidden, rows: np.asarray(states[hidden][rows], dtype=np.float32),
-        random_states={
-            s: lambda hidden, rows, x=np.asarray(x): np.asarray(x[hidden][rows], dtype=np.float32)
-            for s, x in (random_states or {}).items()
-        },
+        states=_reader(states),
+        random_states={seed: _reader(np.asarray(x)) for seed, x in (random_states or {}).items()},
     )
     where = {"stack": "arrays", "site": "block", "pooling": "given", "probe": "linear"}
     run = {
@@ -117,6 +113,10 @@ def probe_arrays(
     scores = score_table(task, fit, settings, where=where)
     results = ProbeResults(run, scores, pd.DataFrame(), None, {name: item_table(task, fit, where=where)})
     return ProbeResults(run, scores, summary_table(results, name), None, results.item_tables)
+
+
+def _reader(states: np.ndarray) -> States:
+    return lambda hidden, rows: np.asarray(states[hidden][rows], dtype=np.float32)
 
 
 def _split_by_group(group: np.ndarray) -> np.ndarray:

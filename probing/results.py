@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -92,6 +92,7 @@ class ProbeResults:
         task: str,
         *,
         adjusted_by: str | None = "random-encoder",
+        metric: Literal["bits", "accuracy"] = "bits",
         split: str | None = None,
         stack: str | None = None,
         site: str = "block",
@@ -99,12 +100,13 @@ class ProbeResults:
         probe: str | None = None,
         n_boot: int = 1000,
     ) -> LayerCurve:
-        """Bits saved per item at each hidden state of one task, with bootstrap replicates (items by cluster × seeds).
+        """Bits saved per item (or accuracy) at each hidden state of one task, with replicates (clusters × seeds).
 
         Args:
             task: name of a task in these results.
             adjusted_by: control whose bits are subtracted item by item at each hidden state; None subtracts nothing.
                 Where the run has no such control nothing is subtracted and the curve says ``none``.
+            metric: ``bits`` saved per item, or ``accuracy``.
             split: test split; the primary one by default.
             stack: stack, where there are several; the first by default.
             site: site of the states.
@@ -122,8 +124,9 @@ class ProbeResults:
             present = items[column].astype(str)
             keep &= present == (value if value is not None else present.iloc[0])
         items = items[keep]
-        own, _ = _values(items, "none")
-        other = _values(items, adjusted_by)[0] if adjusted_by and (items["control"] == adjusted_by).any() else None
+        own = _values(items, "none", metric)
+        has_control = adjusted_by is not None and (items["control"] == adjusted_by).any()
+        other = _values(items, adjusted_by, metric) if adjusted_by and has_control else None
         values = own if other is None else own - other
         first = items[(items["control"] == "none") & (items["seed"] == items["seed"].iloc[0])]
         hidden = np.sort(first["hidden"].unique())
@@ -174,8 +177,52 @@ class ProbeResults:
         return html_table(self.scores, self.summaries)
 
 
-def _values(items: pd.DataFrame, control: str) -> tuple[np.ndarray, np.ndarray]:
-    """Bits by (seed, hidden, item) of one control; the rows are stored in that order."""
+def summary_table(results: ProbeResults, task: str) -> pd.DataFrame:
+    """Layer summaries of one task: of its accuracy, its bits, and its bits above the random-weight encoder's.
+
+    Columns: task, level, stack, site, pooling, probe, control (what was subtracted), metric, statistic, value, ci_low,
+    ci_high, note; statistics as in :func:`probing.summaries.summarize_curve`.
+    """
+    from probing.summaries import summarize_curve
+
+    scores = results.scores[results.scores["task"] == task]
+    controls = set(scores["control"])
+    wanted: list[tuple[Literal["bits", "accuracy"], str]] = [("accuracy", "none"), ("bits", "none")]
+    if "random-encoder" in controls:
+        wanted.append(("bits", "random-encoder"))
+    rows = []
+    for stack, site, pooling, probe in scores[list(ITEM_KEY)].drop_duplicates().itertuples(index=False, name=None):
+        for metric, control in wanted:
+            curve = results.curve(
+                task,
+                adjusted_by=None if control == "none" else control,
+                metric=metric,
+                stack=stack,
+                site=site,
+                pooling=pooling,
+                probe=probe,
+            )
+            rows += [
+                {
+                    "task": task,
+                    "level": curve.level,
+                    "stack": stack,
+                    "site": site,
+                    "pooling": pooling,
+                    "probe": probe,
+                    "control": control,
+                    "metric": metric,
+                    **asdict(row),
+                }
+                for row in summarize_curve(curve)
+            ]
+    return pd.DataFrame(rows)
+
+
+def _values(items: pd.DataFrame, control: str, metric: str) -> np.ndarray:
+    """Bits (or hits) by (seed, hidden, item) of one control; the rows are stored in that order."""
     part = items[items["control"] == control]
-    seeds, hidden = part["seed"].unique(), part["hidden"].unique()
-    return part["bits"].to_numpy(np.float64).reshape(len(seeds), len(hidden), -1), seeds
+    shape = (part["seed"].nunique(), part["hidden"].nunique(), -1)
+    if metric == "bits":
+        return part["bits"].to_numpy(np.float64).reshape(shape)
+    return (part["prediction"].astype(str) == part["label"].astype(str)).to_numpy(np.float64).reshape(shape)

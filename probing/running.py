@@ -16,9 +16,8 @@ from probing.config import Overwrite, ProbeConfig
 from probing.fitting import States, TaskFit, fit_task
 from probing.parts import read_part, write_part
 from probing.planning import ProbePlan, extraction_options, plan_probing, timed
-from probing.results import ProbeResults
+from probing.results import ProbeResults, summary_table
 from probing.scoring import SCORE_COLUMNS, item_table, score_table
-from probing.summaries import summary_table
 from probing.tasks.base import Task
 from spafit import io
 from spafit.errors import OutputError, SpafitError, TaskError
