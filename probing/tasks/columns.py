@@ -20,12 +20,10 @@ import pandas as pd
 
 from probing.tasks.base import LEVELS, UNITS, Corpus, Level, Task, Text, Unit
 from probing.tasks.reading import licence_of, overlap_notes, safe_name, sorted_labels
+from probing.tasks.splits import with_all_splits
 from spafit.data.tables import Quoting, read_table_file, table_suffix
 from spafit.errors import DataError, TaskError, did_you_mean
-from spafit.runtime import generator
 
-#: Share of the training texts that a missing dev (or test) split gets.
-HELD_OUT = 0.1
 #: Distinct decimal numbers above which labels are taken for measurements rather than classes.
 MAX_DECIMALS = 20
 
@@ -218,18 +216,19 @@ def task_from_parts(parts: Sequence[Part], options: Options, *, name: str, sourc
     notes: list[str] = []
     used = []
     for part in parts:
-        if part.optional and options.label not in part.frame.columns:
-            notes.append(f"{Path(part.where).name} has no column {options.label!r} and is not used.")
+        if part.optional and _unlabelled(part, options.label):
+            notes.append(f"{Path(part.where).name} has no labels and is not used.")
             continue
         _check_columns(part, options.columns)
         used.append(part)
     unit = _unit(used[0], options)
     rows = _Rows()
     for part in used:
+        before = len(rows.text), rows.empty
         _read_rows(part, options, unit, rows)
-    if not rows.text:
-        why = "every text is empty" if rows.empty else "no row has a label"
-        raise TaskError(f"Task {name!r} has no items: {why}.")
+        if len(rows.text) == before[0]:
+            why = "every text is empty" if rows.empty > before[1] else "no row has a label"
+            raise TaskError(f"Task {name!r} gets no items from {part.where}: {why}.")
     if rows.empty:
         notes.append(f"{rows.empty} row(s) with an empty text dropped.")
     if rows.unlabelled:
@@ -238,7 +237,8 @@ def task_from_parts(parts: Sequence[Part], options: Options, *, name: str, sourc
     _refuse_measurements(name, options.label, classes)
     position: dict[Text, int] = {}
     texts = [position.setdefault(text, len(position)) for text in rows.text]
-    splits = _with_all_splits(rows, texts, notes, unit)
+    splits, made = with_all_splits(rows.split, texts, rows.labels, stratify=unit != "word")
+    notes += made
     index = {label: i for i, label in enumerate(classes)}
     items = pd.DataFrame(
         [
@@ -274,6 +274,10 @@ def task_from_parts(parts: Sequence[Part], options: Options, *, name: str, sourc
         citation="see the data's source",
         notes=tuple(notes),
     ).validate()
+
+
+def _unlabelled(part: Part, column: str) -> bool:
+    return column not in part.frame.columns or all(_missing(v) or v == "" for v in part.frame[column])
 
 
 def _check_columns(part: Part, columns: Mapping[str, str]) -> None:
@@ -377,57 +381,3 @@ def _refuse_measurements(name: str, column: str, classes: Sequence[str]) -> None
             f"Task {name!r}: column {column!r} holds {len(classes)} different decimal numbers; the linear probe "
             "classifies and does no regression. Bin the values into classes first."
         )
-
-
-def _with_all_splits(rows: _Rows, texts: Sequence[int], notes: list[str], unit: Unit) -> list[str]:
-    """Split of each row, with missing splits carved from training; equal texts stay together."""
-    splits = [s or "train" for s in rows.split]
-    present = set(splits)
-    if not any(rows.split):
-        notes.append("The data bring no splits: split 80/10/10 by text, deterministically.")
-        _carve(splits, texts, rows.labels, HELD_OUT, "test", unit)
-        _carve(splits, texts, rows.labels, HELD_OUT / (1 - HELD_OUT), "dev", unit)
-        return splits
-    if not present - {"train", "dev"}:
-        if "dev" in present:
-            splits = ["test" if s == "dev" else s for s in splits]
-            notes.append("There is no test split: the dev split is used as test.")
-        else:
-            count = _carve(splits, texts, rows.labels, HELD_OUT, "test", unit)
-            notes.append(f"There is no test split: {count} training row(s) (10 % of the texts) are used as test.")
-    if "dev" not in splits:
-        count = _carve(splits, texts, rows.labels, HELD_OUT, "dev", unit)
-        notes.append(f"There is no dev split: {count} training row(s) (10 % of the texts) are used as dev.")
-    return splits
-
-
-def _carve(
-    splits: list[str], texts: Sequence[int], labels: Sequence[list[str]], share: float, into: str, unit: Unit
-) -> int:
-    """Move a ``share`` of the training texts to split ``into``, label by label, in place; the number of rows moved."""
-    rows_of: dict[int, list[int]] = {}
-    for i, split in enumerate(splits):
-        if split == "train":
-            rows_of.setdefault(texts[i], []).append(i)
-    strata: dict[str, list[int]] = {}
-    for text, rows in rows_of.items():
-        strata.setdefault("" if unit == "word" else labels[rows[0]][0], []).append(text)
-    left: dict[str, int] = {}  # rows per label that remain in training: a label must not leave it altogether
-    for rows in rows_of.values():
-        for label in {label for i in rows for label in labels[i]}:
-            left[label] = left.get(label, 0) + 1
-    moved = 0
-    for stratum, members in sorted(strata.items()):
-        wanted = max(round(share * len(members)), 1 if len(members) >= 4 else 0)
-        for k in generator(0, "table split", into, stratum, len(members)).permutation(len(members)):
-            if wanted == 0:
-                break
-            found = {label for i in rows_of[members[k]] for label in labels[i]}
-            if all(left[label] > 1 for label in found):
-                for label in found:
-                    left[label] -= 1
-                for i in rows_of[members[k]]:
-                    splits[i] = into
-                moved += len(rows_of[members[k]])
-                wanted -= 1
-    return moved
