@@ -21,9 +21,8 @@ from spafit.errors import DataError, OutputError, TaskError, UsageError, did_you
 from spafit.runtime import pick_device, torch_dtype
 
 if TYPE_CHECKING:
-    from spafit.models import LoadedModel
-
     from probing.extraction import ExtractionPlan
+    from spafit.models import LoadedModel
     from spafit.stacks import Stack
 
 
@@ -154,9 +153,8 @@ def plan_probing(config: ProbeConfig, *, model: Any = None, given: Sequence[Task
     Raises:
         SpafitError: see :func:`probe_layers`. The output folder and the tasks are checked before the model is loaded.
     """
-    from spafit.models import LoadedModel, load_model
-
     from probing.extraction import plan_extraction
+    from spafit.models import LoadedModel, load_model
 
     seconds: dict[str, float] = {}
     torch_dtype(config.dtype)
@@ -207,24 +205,27 @@ def plan_probing(config: ProbeConfig, *, model: Any = None, given: Sequence[Task
 def _read_tasks(
     references: Sequence[str], *, given: Sequence[Task], limit: int | None
 ) -> tuple[list[Task], dict[str, str]]:
-    """Read each reference by itself, so that one broken file does not cost the others."""
+    """Read all references; where one cannot be read, find out which, so that it does not cost the others."""
     from probing.registry import load_tasks
 
-    tasks: list[Task] = [t.validate() for t in given]
     failed: dict[str, str] = {}
-    for reference in () if given else references:
+    if given:
+        tasks = [t.validate() for t in given]
+    else:
         try:
-            tasks += load_tasks([reference])
+            tasks = list(load_tasks(references))
         except (TaskError, DataError) as error:
-            if len(references) == 1:
+            if isinstance(error, UsageError) or len(references) == 1:
                 raise
-            failed[reference] = str(error)
-    if not tasks:
-        raise TaskError("No task can be probed. " + " ".join(f"{r}: {why}" for r, why in failed.items()))
-    names = [t.name for t in tasks]
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice:
-        raise TaskError(f"Task(s) {', '.join(twice)} are asked for twice; name each task once.")
+            for reference in references:
+                try:
+                    load_tasks([reference])
+                except (TaskError, DataError) as reason:
+                    failed[reference] = str(reason)
+            good = [r for r in references if r not in failed]
+            if not failed or not good:
+                raise
+            tasks = list(load_tasks(good))
     return [t if limit is None else _limited(t, limit) for t in tasks], failed
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pandas as pd
 
 from probing.tasks.base import LEVELS, Level, Task
-from spafit.errors import ConfigError, SpafitError, TaskError, UsageError, did_you_mean
+from spafit.errors import ConfigError, SpafitError, TaskError, UnknownTaskError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from probing.tasks.treebank import Treebank
@@ -98,7 +98,8 @@ def load_tasks(references: Sequence[str], *, levels: Mapping[str, str] | Path | 
         the same way, is there once.
 
     Raises:
-        TaskError: an unknown reference, a task that cannot be probed, or two tasks of one name.
+        UnknownTaskError: an unknown reference.
+        TaskError: a task that cannot be probed, or two tasks of one name.
         DataError: a malformed data file (names file and line).
         ConfigError: a YAML file that does not hold together.
     """
@@ -169,7 +170,7 @@ class _Loader:
         if reference.endswith((".yaml", ".yml")):
             return self._grouped(base / Path(reference).expanduser())
         if colon and _NAME.fullmatch(prefix):
-            raise TaskError(
+            raise UnknownTaskError(
                 f"Unknown kind of task {prefix + ':'!r} in {reference!r}.{did_you_mean(prefix + ':', PREFIXES)} "
                 f"Use {', '.join(PREFIXES)} or a registered name."
             )
@@ -324,7 +325,7 @@ def _find(name: str) -> list[Task]:
         if found:
             return found
         options = [t.name for t in tasks]
-    raise TaskError(
+    raise UnknownTaskError(
         f"Unknown task {name!r}.{did_you_mean(name, options)} See 'spafit tasks' for the registered ones; "
         f"files are named with {', '.join(PREFIXES)}."
     )

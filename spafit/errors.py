@@ -34,6 +34,10 @@ class TaskError(SpafitError):
     """A task that cannot be probed as it stands (one class, a label seen in test only, no items left)."""
 
 
+class UnknownTaskError(TaskError, UsageError):
+    """A task reference that names nothing."""
+
+
 class StoreError(SpafitError):
     """The activation cache could not be written or trusted."""
 
