@@ -125,8 +125,8 @@ def emergence(curve: LayerCurve, *, level: float = 0.95, n_draws: int = 1000, se
     is already in the lowest hidden state does not count as emerging. The covariance holds item and seed noise, not the
     choice of pooling, probe or training corpus. In simulations the 95 % interval covered 93 to 99 % for steps and 85
     to 97 % for smooth rises (150 worlds each, gains of 8 and 25 standard errors, 12 and 24 blocks). A step at the last
-    block reads .1 to .3 layers early (.8 at 8 standard errors), because the estimate is held within the model. With some hidden states left out, a gain
-    is credited to the upper end of its gap.
+    block reads .1 to .3 layers early (.8 at 8 standard errors), because the estimate is held within the model.
+    With some hidden states left out, a gain is credited to the upper end of its gap.
 
     Args:
         curve: the control-adjusted single-layer curve with its replicates.
