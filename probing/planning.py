@@ -17,7 +17,7 @@ from probing.fitting import ProbeSettings, training_rows
 from probing.parts import is_finished
 from probing.tasks.base import Task, Text
 from spafit import io
-from spafit.errors import DataError, OutputError, TaskError, UsageError, did_you_mean
+from spafit.errors import DataError, OutputError, TaskError, UsageError
 from spafit.runtime import pick_device, torch_dtype
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 #: Raised by one whenever the same inputs would give other numbers, so that older finished tasks are computed again.
 NUMBERS_VERSION = 1
+
+#: Names that the stack finder gives; anything else in ``--stack`` is the dotted path of the list of blocks.
+STACK_NAMES = ("encoder", "decoder", "text", "vision")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,9 @@ class ProbePlan:
     @property
     def stack(self) -> Stack:
         """The stack that is probed: the one named in the options, or the first."""
-        return _stack(self.loaded, self.config.stack)
+        from probing.forward import pick_stack
+
+        return pick_stack(self.loaded, self.config.stack)
 
     def task_key(self, task: Task) -> str:
         """Digest of everything that the task's numbers depend on."""
@@ -154,6 +159,7 @@ def plan_probing(config: ProbeConfig, *, model: Any = None, given: Sequence[Task
         SpafitError: see :func:`probe_layers`. The output folder and the tasks are checked before the model is loaded.
     """
     from probing.extraction import plan_extraction
+    from probing.forward import pick_stack
     from spafit.models import LoadedModel, load_model
 
     seconds: dict[str, float] = {}
@@ -173,7 +179,7 @@ def plan_probing(config: ProbeConfig, *, model: Any = None, given: Sequence[Task
                 revision=config.revision,
                 offline=config.offline,
                 allow_pickle=config.allow_pickle,
-                stack=config.stack,
+                stack=None if config.stack in (None, *STACK_NAMES) else config.stack,
             )
         )
     out = Path(config.out) if config.out is not None else Path("runs") / loaded.name
@@ -188,7 +194,7 @@ def plan_probing(config: ProbeConfig, *, model: Any = None, given: Sequence[Task
     )
     with timed(seconds, "plan"):
         needed = _needed_texts(tasks, settings)
-        hidden = tuple(config.hidden(_stack(loaded, config.stack).num_blocks + 1))
+        hidden = tuple(config.hidden(pick_stack(loaded, config.stack).num_blocks + 1))
         extractions = {
             name: plan_extraction(loaded, texts.texts, **extraction_options(config, tasks, name))
             for name, texts in needed.items()
@@ -271,17 +277,6 @@ def extraction_options(config: ProbeConfig, tasks: Sequence[Task], corpus: str) 
         "dtype": config.dtype,
     }
     return options if config.batch_tokens is None else {**options, "batch_tokens": config.batch_tokens}
-
-
-def _stack(loaded: LoadedModel, name: str | None) -> Stack:
-    """The stack that is probed: the one named, or the first."""
-    if name is None:
-        return loaded.stacks[0]
-    for stack in loaded.stacks:
-        if name in (stack.name, stack.path):
-            return stack
-    names = [s.name for s in loaded.stacks]
-    raise UsageError(f"--stack {name!r}: {loaded.name} has {', '.join(names)}.{did_you_mean(name, names)}")
 
 
 def _check_writable(out: Path, overwrite: str) -> None:
