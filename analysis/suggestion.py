@@ -102,8 +102,8 @@ class StrataSuggestion:
             changes = ", ".join(f"({a}, {b}) at q = {q:g}" for q, (a, b) in self.sensitivity.items())
             lines.append(f"What would change it: the holding rule gives {changes}; it uses q = {self.share:g}.")
         if self.null_test is not None:
-            other = "a smooth profile" if self.null_test.beats_null else "three segments"
-            lines.append(f"What would change it: tasks on which {other} predicts left-out tasks better.")
+            other = "a smooth profile predicts" if self.null_test.beats_null else "three segments predict"
+            lines.append(f"What would change it: tasks on which {other} left-out tasks better.")
         if self.evidence == "weak":
             lines.append("What would change it: more tasks per level or more test items, which narrow the intervals.")
         if "tasks" in self.notes:
@@ -146,28 +146,24 @@ class StrataSuggestion:
 
         Shows the criterion that placed them (without one, whichever gave an estimate; without any, the lines alone).
         """
-        import matplotlib.pyplot as plt
+        from spafit.plotting import MODEL_COLORS, new_figure, style
 
-        if ax is None:
-            _, ax = plt.subplots(figsize=(6, 3), layout="constrained")
-        shown = self.holding or self.segmentation
-        if self.criterion == "segmentation":
-            shown = self.segmentation
+        shown = self.segmentation if self.criterion == "segmentation" else self.holding or self.segmentation
         blocks = np.arange(self.num_blocks + 1)
-        for i, (block, colour) in enumerate(zip(self.boundaries, ("C0", "C1"), strict=True)):
+        with style():
+            if ax is None:
+                ax = new_figure(width=6.0, height=3.0).subplots()
+            for i, (block, color) in enumerate(zip(self.boundaries, MODEL_COLORS[:2], strict=True)):
+                shift = (i - 0.5) * 0.4
+                if shown is not None:
+                    label = f"s{i + 1} ({_LABELS[shown.criterion]})"
+                    shares = shown.probabilities(self.num_blocks)[i]
+                    ax.bar(blocks + shift, shares, width=0.4, color=color, label=label)
+                ax.axvline(block + shift, color=color, linestyle="--", linewidth=1)
+            ax.set(xlabel="first block of the stratum", ylabel="share of bootstrap draws", ylim=(0, 1))
+            ax.set_xticks(blocks[:: max(1, len(blocks) // 13)])
             if shown is not None:
-                ax.bar(
-                    blocks + (i - 0.5) * 0.4,
-                    shown.probabilities(self.num_blocks)[i],
-                    width=0.4,
-                    color=colour,
-                    label=f"s{i + 1} ({_LABELS[shown.criterion]})",
-                )
-            ax.axvline(block + (i - 0.5) * 0.4, color=colour, linestyle="--", linewidth=1)
-        ax.set(xlabel="first block of the stratum", ylabel="share of bootstrap draws", ylim=(0, 1))
-        ax.set_xticks(blocks[:: max(1, len(blocks) // 13)])
-        if shown is not None:
-            ax.legend(frameon=False)
+                ax.legend(frameon=False)
         return ax
 
     def _repr_html_(self) -> str:
@@ -290,6 +286,7 @@ def suggest_strata(
             "tested": False,
             "evidence": evidence,
             "reason": reason,
+            "intervals": _intervals(estimate) if estimate else None,
             "estimates": {_LABELS[e.criterion]: _record(e) for e in (segments, holding) if e},
             "confidence": CONFIDENCE,
             "null_errors": {k: round(v, 4) for k, v in null_test.errors.items()} if null_test else None,
@@ -349,8 +346,12 @@ def _by_level(curves: Sequence[LayerCurve]) -> dict[str, tuple[str, ...]]:
     return {level: tuple(names) for level, names in levels.items()}
 
 
+def _intervals(estimate: BoundaryEstimate) -> dict[str, Any]:
+    return {f"s{i + 1}": interval for i, interval in enumerate(estimate.intervals)}
+
+
 def _record(estimate: BoundaryEstimate) -> dict[str, Any]:
-    return {f"s{i + 1}": {"block": b, "interval": estimate.intervals[i]} for i, b in enumerate(estimate.boundaries)}
+    return {"boundaries": estimate.boundaries, "intervals": _intervals(estimate)}
 
 
 def _pair(estimate: BoundaryEstimate) -> str:

@@ -16,6 +16,8 @@ from spafit.fields import FieldError, FieldPath, Origin, integer, within
 from spafit.strata import METHODS, SCHEMA_VERSION, LoraOptions, Outside, StrataConfig, Stratum
 
 _SCALARS = {f"tag:yaml.org,2002:{t}" for t in ("str", "int", "float", "bool", "null")}
+#: Longest entry of provenance, in characters, that is written on one line.
+_ONE_LINE = 100
 #: Numbers such as 1e-5, which YAML 1.1 takes for text.
 _EXPONENT = (r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$", "-+0123456789")
 
@@ -49,6 +51,12 @@ class _FlowList(list):
     """A list that is written on one line."""
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    # PyYAML writes rare line breaks bare into single quotes, from where they read back as spaces.
+    style = '"' if any(c in text for c in "\n\r\x85\u2028\u2029\ufeff") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
 def _adapt_yaml() -> None:
     pattern, first = _EXPONENT
     for cls in (_Loader, _Dumper):
@@ -57,6 +65,7 @@ def _adapt_yaml() -> None:
         key: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:timestamp"]
         for key, rules in _Loader.yaml_implicit_resolvers.items()
     }
+    _Dumper.add_representer(str, _represent_text)
     _Dumper.add_representer(
         _FlowMap, lambda dumper, data: dumper.represent_mapping("tag:yaml.org,2002:map", data, flow_style=True)
     )
@@ -269,14 +278,22 @@ def _flow(value: Any) -> Any:
     return _FlowList(_flow(v) for v in value) if isinstance(value, list) else value
 
 
+def _flow_if_short(value: Any) -> Any:
+    """One line for what fits on one; a line per entry for the rest."""
+    if len(str(value)) <= _ONE_LINE:
+        return _flow(value)
+    if isinstance(value, Mapping):
+        return {k: _flow_if_short(v) for k, v in value.items()}
+    return [_flow_if_short(v) for v in value] if isinstance(value, list) else value
+
+
 def dump_yaml(config: StrataConfig) -> str:
     """YAML text: one line per small stratum, block style for the strata that carry options."""
     content = plain_from_config(config)
     content["model"], content["outside"] = _flow(content["model"]), _flow(content["outside"])
     content["strata"] = [_flow(s) if len(s) == 3 else {k: _flow(v) for k, v in s.items()} for s in content["strata"]]
     if "provenance" in content:
-        # Long lists, such as reasons in words, read better as one entry a line.
-        content["provenance"] = {k: v if len(str(v)) > 100 else _flow(v) for k, v in content["provenance"].items()}
+        content["provenance"] = {k: _flow_if_short(v) for k, v in content["provenance"].items()}
     comments = [
         "# Block ranges are half-open: [0, 5] is blocks 0 to 4, and block 0 follows the embeddings.",
         f"# Methods: {', '.join(METHODS)}.",

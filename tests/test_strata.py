@@ -1,0 +1,395 @@
+"""StrataConfig: exact round trips, presets against the published definition, and errors that name line and field."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+import warnings
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spafit.errors import ConfigError
+from spafit.layout import ROLES as LAYOUT_ROLES
+from spafit.presets import scaled_boundaries
+from spafit.strata import LINEAR_ROLES, METHODS, OUTSIDE_METHODS, ROLES, LoraOptions, Outside, StrataConfig, Stratum
+
+PAPER = """\
+schema_version: 1
+model: {id: bert-large-cased, blocks: {encoder: 24}}
+strata:
+  - {stack: encoder, blocks: [0, 5],   method: freeze}
+  - {stack: encoder, blocks: [5, 10],  method: bitfit}
+  - stack: encoder
+    blocks: [10, 24]
+    method: lora+bitfit
+    lora: {rank: 64, alpha: 64, dropout: 0.0, targets: [query, key, value]}   # alpha and dropout: our defaults
+    bitfit: [intermediate, output, output_norm]
+outside: {embeddings: freeze, pooler: bitfit, head: full}
+provenance: {source: by hand, criterion: none, tested: false, created_at: 2024-05-01T12:00:00Z}
+"""
+
+# -- round trips ------------------------------------------------------------------------------------------------------
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=40),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def role_lists(allowed: tuple[str, ...]) -> st.SearchStrategy:
+    return st.lists(st.sampled_from(allowed), min_size=1, unique=True).map(tuple)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> StrataConfig:
+    stacks = draw(st.dictionaries(st.text(min_size=1, max_size=8), st.integers(1, 40), min_size=1, max_size=3))
+    strata = []
+    for stack, count in stacks.items():
+        cuts = draw(st.sets(st.integers(1, count), max_size=5)) | {0, count}
+        ends = sorted(cuts)
+        for start, stop in itertools.pairwise(ends):
+            method = draw(st.sampled_from(METHODS))
+            lora = LoraOptions(
+                draw(st.integers(1, 512)),
+                draw(st.none() | st.floats(1e-6, 1e6)),
+                draw(st.floats(0, 1, exclude_max=True)),
+                draw(role_lists(LINEAR_ROLES)),
+            )
+            strata.append(
+                Stratum(
+                    stack,
+                    (start, stop),
+                    method,
+                    lora if method.startswith("lora") or method == "dora" else None,
+                    draw(st.none() | role_lists(ROLES)) if "bitfit" in method else None,
+                    draw(st.none() | role_lists(LINEAR_ROLES)) if method == "ia3" else None,
+                )
+            )
+    outside = Outside(*(draw(st.sampled_from(OUTSIDE_METHODS)) for _ in range(4)))
+    provenance = draw(st.dictionaries(st.text(max_size=12), json_like, max_size=4))
+    return StrataConfig(draw(st.text(min_size=1, max_size=20)), stacks, tuple(strata), outside, provenance)
+
+
+@given(configs())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_every_plan_reads_back_equal_from_its_yaml_and_json(config):
+    assert StrataConfig.from_yaml(config.to_yaml()) == config
+    assert StrataConfig.from_yaml(config.to_json()) == config
+    assert StrataConfig.from_dict(json.loads(config.to_json())) == config
+    assert StrataConfig.from_yaml(config.to_yaml()).to_yaml() == config.to_yaml()
+
+
+@pytest.mark.parametrize("name", ["strata.yaml", "strata.json"])
+def test_a_saved_file_loads_equal(tmp_path, name):
+    config = StrataConfig.preset("spafit-scaled-II", blocks={"encoder": 12, "decoder": 6}, model_id="é–模型")
+    assert StrataConfig.load(config.save(tmp_path / name)) == config
+
+
+def test_json_written_by_other_tools_reads_with_tabs_and_escapes(tmp_path):
+    config = StrataConfig.preset("spafit-scaled-I", blocks=6, model_id="😀 a\tb")
+    path = tmp_path / "strata.json"
+    path.write_text(json.dumps(config.to_dict(), indent="\t"), encoding="utf-8")
+    assert StrataConfig.load(path) == config
+
+
+def test_the_design_example_reads_as_spafit_4_9_and_is_written_the_same_way():
+    config = StrataConfig.from_yaml(PAPER)
+    assert config.boundaries("encoder") == config.boundaries() == (5, 10)
+    assert config.provenance["created_at"] == "2024-05-01T12:00:00Z"
+    preset = StrataConfig.preset("SPAFIT-4-9-I", blocks={"encoder": 24}, model_id="bert-large-cased")
+    assert config.strata == preset.strata
+    assert config.outside == preset.outside
+    for line in (
+        "model: {id: bert-large-cased, blocks: {encoder: 24}}",
+        "  - {stack: encoder, blocks: [0, 5], method: freeze}",
+        "    lora: {rank: 64, alpha: 64, dropout: 0.0, targets: [query, key, value]}",
+        "    bitfit: [intermediate, output, output_norm]",
+        "outside: {embeddings: freeze, pooler: bitfit, head: full}",
+    ):
+        assert line in preset.to_yaml().splitlines()
+
+
+# -- presets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("blocks", "ranges"),
+    [
+        (1, [(0, 1)]),
+        (2, [(0, 1), (1, 2)]),
+        (3, [(0, 1), (1, 3)]),
+        (6, [(0, 1), (1, 3), (3, 6)]),
+        (12, [(0, 3), (3, 5), (5, 12)]),
+        (24, [(0, 5), (5, 10), (10, 24)]),
+        (30, [(0, 6), (6, 13), (13, 30)]),
+    ],
+)
+def test_scaled_preset_has_the_published_boundaries_and_drops_empty_strata(blocks, ranges):
+    assert [s.blocks for s in StrataConfig.preset("spafit-scaled-I", blocks=blocks).strata] == ranges
+
+
+@given(st.integers(1, 10_000))
+def test_scaled_boundaries_follow_the_formula(blocks):
+    assert scaled_boundaries(blocks) == (math.floor(5 * blocks / 24 + 0.5), math.floor(10 * blocks / 24 + 0.5))
+
+
+@given(st.integers(1, 60), st.data())
+def test_n1_n2_presets_keep_the_papers_inclusive_ends(blocks, data):
+    n2 = data.draw(st.integers(0, blocks - 1))
+    n1 = data.draw(st.integers(0, n2))
+    config = StrataConfig.preset(f"spafit-{n1}-{n2}-II", blocks={"decoder": blocks})
+    method = {b: s for s in config.strata for b in range(*s.blocks)}
+    assert [method[b].method for b in range(blocks)] == ["freeze"] * (n1 + 1) + ["bitfit"] * (n2 - n1) + [
+        "lora+bitfit"
+    ] * (blocks - n2 - 1)
+    for stratum in config.strata:
+        if stratum.lora is not None:
+            assert stratum.lora.targets == ("query", "key", "value", "attention_output")
+            assert stratum.bitfit == ("intermediate", "output", "output_norm")
+    assert config.boundaries() == (n1 + 1, n2 + 1)
+
+
+def test_blocks_without_biases_get_norm_in_bitfits_place_and_provenance_says_so():
+    config = StrataConfig.preset("spafit-scaled-I", blocks={"decoder": 30}, bias_roles={"decoder": ()})
+    assert [s.method for s in config.strata] == ["freeze", "norm", "lora+norm"]
+    assert config.outside.pooler == "norm"
+    assert len(config.provenance["substitutions"]) == 2
+    assert config.check_model({"decoder": 30}, bias_roles={"decoder": ()}) is config
+    # Control: with biases everywhere nothing is replaced.
+    assert "substitutions" not in StrataConfig.preset("spafit-scaled-I", blocks={"decoder": 30}).provenance
+
+
+def test_biases_on_query_key_value_alone_keep_bitfit_in_the_middle_only():
+    roles = {"decoder": ("query", "key", "value")}
+    config = StrataConfig.preset("spafit-scaled-I", blocks={"decoder": 24}, bias_roles=roles)
+    assert [s.method for s in config.strata] == ["freeze", "bitfit", "lora+norm"]
+    assert len(config.provenance["substitutions"]) == 1
+    config.check_model({"decoder": 24}, bias_roles=roles)
+
+
+def test_third_stratum_leaves_out_roles_without_a_bias_and_says_so():
+    roles = {"encoder": ("query", "intermediate", "output")}
+    config = StrataConfig.preset("spafit-scaled-I", blocks={"encoder": 24}, bias_roles=roles)
+    assert config.strata[2].bitfit == ("intermediate", "output")
+    assert "output_norm" in config.provenance["substitutions"][0]
+    config.check_model({"encoder": 24}, bias_roles=roles)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("spafit-scald-I", "Did you mean 'spafit-scaled-I'"),
+        ("spafit-9-4-I", "N1 = 9 is above N2 = 4"),
+        ("spafit-4-24-I", "has 24 blocks (0 to 23)"),
+        ("lora", "is not known"),
+    ],
+)
+def test_unusable_preset_names_are_refused_with_the_remedy(name, words):
+    with pytest.raises(ConfigError, match=words.replace("(", r"\(").replace(")", r"\)")):
+        StrataConfig.preset(name, blocks=24)
+
+
+def test_boundaries_of_plans_without_a_middle_or_an_end():
+    def plan(*strata: tuple[int, int, str]) -> StrataConfig:
+        return StrataConfig("m", {"encoder": 4}, tuple(Stratum("encoder", (a, b), m) for a, b, m in strata))
+
+    assert plan((0, 2, "freeze"), (2, 4, "lora")).boundaries() == (2, 2)
+    assert plan((0, 4, "freeze")).boundaries() == (4, 4)
+    assert plan((0, 4, "bitfit")).boundaries() == (0, 4)
+    assert plan((2, 4, "full"), (0, 2, "norm")).boundaries() == (0, 2)
+    with pytest.raises(ConfigError, match="Did you mean 'encoder'"):
+        plan((0, 4, "freeze")).boundaries("encodr")
+
+
+def test_boundaries_of_two_stacks_need_the_stack_named():
+    config = StrataConfig.preset("spafit-scaled-I", blocks={"encoder": 12, "decoder": 6})
+    assert config.boundaries("decoder") == (1, 3)
+    with pytest.raises(ConfigError, match="name the one"):
+        config.boundaries()
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+BROKEN = {
+    "a gap": ("[5, 10]", "[6, 10]", 5, "strata[1].blocks", "Start this one at 5"),
+    "an overlap": ("[5, 10]", "[4, 10]", 5, "strata[1].blocks", "overlaps strata[0]"),
+    "a gap at the start": ("[0, 5]", "[1, 5]", 4, "strata[0].blocks", "blocks [0, 1)"),
+    "blocks beyond the model": ("encoder: 24", "encoder: 22", 7, "strata[2].blocks", "has 22 blocks"),
+    "blocks missing at the end": ("encoder: 24", "encoder: 30", 7, "strata[2].blocks", "[24, 30) belong to no stratum"),
+    "a stack without strata": ("{encoder: 24}", "{encoder: 24, decoder: 6}", 2, "model.blocks.decoder", "its own plan"),
+    "an unknown stack": ("stack: encoder\n", "stack: encodr\n", 6, "strata[2].stack", "Did you mean 'encoder'"),
+    "an empty range": ("[5, 10]", "[5, 5]", 5, "strata[1].blocks", "holds no block"),
+    "a reversed range": ("[5, 10]", "[10, 5]", 5, "strata[1].blocks", "holds no block"),
+    "a negative block": ("[0, 5]", "[-1, 5]", 4, "strata[0].blocks[0]", "at least 0"),
+    "three numbers for a range": ("[5, 10]", "[5, 10, 12]", 5, "strata[1].blocks", "two whole numbers"),
+    "a word for a range": ("[5, 10]", "middle", 5, "strata[1].blocks", "two whole numbers"),
+    "a truth value for a block": ("[0, 5]", "[no, 5]", 4, "strata[0].blocks[0]", "got False"),
+    "an unknown role": ("[query, key", "[querry, key", 9, "strata[2].lora.targets[0]", "Did you mean 'query'"),
+    "LoRA on a norm": ("[query, key", "[output_norm, key", 9, "strata[2].lora.targets[0]", "linear map"),
+    "an unknown bias role": ("[intermediate,", "[intermediat,", 10, "strata[2].bitfit[0]", "Did you mean"),
+    "a role named twice": ("[query, key", "[key, key", 9, "strata[2].lora.targets[1]", "twice"),
+    "an unknown method": ("method: bitfit}", "method: bitfits}", 5, "strata[1].method", "Did you mean 'bitfit'"),
+    "an unknown field": ("rank: 64", "rnak: 64", 9, "strata[2].lora.rnak", "Did you mean 'rank'"),
+    "an unknown top field": ("provenance:", "provenence:", 12, "provenence", "Did you mean 'provenance'"),
+    "LoRA without targets": ("[query, key, value]", "[]", 9, "strata[2].lora.targets", "nothing would train"),
+    "BitFit without roles": (
+        "[intermediate, output, output_norm]",
+        "[]",
+        10,
+        "strata[2].bitfit",
+        "nothing would train",
+    ),
+    "an option that nobody reads": ("method: lora+bitfit", "method: lora", 10, "strata[2].bitfit", "does not read"),
+    "a rank of zero": ("rank: 64", "rank: 0", 9, "strata[2].lora.rank", "at least 1"),
+    "a rank in words": ("rank: 64", "rank: many", 9, "strata[2].lora.rank", "got 'many'"),
+    "alpha zero": ("alpha: 64", "alpha: 0", 9, "strata[2].lora.alpha", "above 0"),
+    "alpha not a number": ("alpha: 64", "alpha: .nan", 9, "strata[2].lora.alpha", "write a number"),
+    "dropout of one": ("dropout: 0.0", "dropout: 1.0", 9, "strata[2].lora.dropout", "below 1"),
+    "an option left empty": ("[intermediate, output, output_norm]", "", 10, "strata[2].bitfit", "remove the field"),
+    "LoRA outside the blocks": ("head: full", "head: lora", 11, "outside.head", "freeze, bitfit, norm, full"),
+    "blocks that are not a mapping": ("{encoder: 24}", "24", 2, "model.blocks", "{encoder: 12}"),
+    "a stack without blocks": ("encoder: 24", "encoder: 0", 2, "model.blocks.encoder", "at least 1"),
+    "a field twice": ("id: bert-large-cased,", "id: a, id: b,", 2, "model.id", "twice"),
+    "a missing field": (", method: freeze", "", 4, "strata[0]", "'method' is missing"),
+    "no version": ("schema_version: 1\n", "", 1, "", "Add schema_version: 1"),
+    "a version in words": ("schema_version: 1", "schema_version: one", 1, "schema_version", "whole number"),
+    "broken YAML": ("blocks: [10, 24]", "blocks: [10, 24", 8, "", "not readable as YAML"),
+    "an alias": ("[5, 10]", "*x", 5, "", "aliases"),
+    "a Python tag": ("by hand", "!!python/name:os.system x", 12, "provenance.source", "tag"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_bad_files_are_refused_with_line_field_and_remedy(case):
+    old, new, line, field, words = BROKEN[case]
+    # The alignment in the example is for the eye; one space makes the cases above easier to write.
+    text = PAPER.replace("],   ", "], ").replace("],  ", "], ")
+    assert old in text
+    with pytest.raises(ConfigError) as caught:
+        StrataConfig.from_yaml(text.replace(old, new, 1), file="my.yaml")
+    message = str(caught.value)
+    assert message.startswith(f"my.yaml, line {line}{f', {field}:' if field else ''}"), message
+    assert words in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# only a comment\n", "- a list\n", "just words", "a: [", "[" * 3000, "<<: {a: 1}"]
+)
+def test_files_that_are_no_plan_at_all_are_refused_in_one_sentence(text):
+    with pytest.raises(ConfigError) as caught:
+        StrataConfig.from_yaml(text, file="my.yaml")
+    assert str(caught.value).startswith("my.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files_are_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"Cannot read .*missing\.yaml"):
+        StrataConfig.load(tmp_path / "missing.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"model: \xe9\xe8")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        StrataConfig.load(tmp_path / "latin.yaml")
+    (tmp_path / "bad.json").write_text('{"schema_version": 1,\n "model": }')
+    with pytest.raises(ConfigError, match=r"bad\.json, line 2: not JSON"):
+        StrataConfig.load(tmp_path / "bad.json")
+
+
+def test_errors_in_json_name_the_line_too(tmp_path):
+    path = tmp_path / "strata.json"
+    config = StrataConfig.preset("spafit-4-9-I", blocks=24)
+    path.write_text(config.to_json().replace('"method": "bitfit"', '"method": "bitfti"'))
+    line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if "bitfti" in text)
+    with pytest.raises(ConfigError, match=rf"line {line}, strata\[1\].method.*Did you mean 'bitfit'"):
+        StrataConfig.load(path)
+
+
+def test_plans_built_in_python_get_the_same_checks():
+    with pytest.raises(ConfigError, match=r"^strata\[1\]\.blocks: blocks \[2, 3\)"):
+        StrataConfig("m", {"encoder": 6}, (Stratum("encoder", (0, 2), "freeze"), Stratum("encoder", (3, 6), "lora")))
+    with pytest.raises(ConfigError, match="Did you mean 'dora'"):
+        Stratum("encoder", (0, 2), "dorra")
+    with pytest.raises(ConfigError, match=r"provenance\.when: got object"):
+        StrataConfig("m", {"encoder": 1}, (Stratum("encoder", (0, 1), "full"),), provenance={"when": object()})
+    with pytest.raises(ConfigError, match="0 ≤ s1 ≤ s2 ≤ 6"):
+        StrataConfig.from_boundaries({"encoder": (4, 2)}, blocks={"encoder": 6})
+    with pytest.raises(ConfigError, match="one pair per stack"):
+        StrataConfig.from_boundaries({"encoder": (1, 2)}, blocks={"encoder": 6, "decoder": 6})
+
+
+def test_bitfit_written_by_hand_for_a_model_without_biases_names_line_and_norm():
+    config = StrataConfig.from_yaml(PAPER, file="my.yaml")
+    with pytest.raises(ConfigError, match=r"my\.yaml, line 5, strata\[1\]\.method.*Write norm in its place"):
+        config.check_model({"encoder": 24}, bias_roles={"encoder": ()})
+    with pytest.raises(ConfigError, match=r"line 10, strata\[2\]\.bitfit\[0\].*'intermediate' has no bias"):
+        config.check_model({"encoder": 24}, bias_roles={"encoder": ("query", "key", "value")})
+    with pytest.raises(ConfigError, match=r"line 2, model\.blocks.*the model has encoder of 12 blocks"):
+        config.check_model({"encoder": 12})
+    assert config.check_model({"encoder": 24}, bias_roles={"encoder": ROLES}) is config
+
+
+# -- newer files ------------------------------------------------------------------------------------------------------
+
+
+def test_newer_files_load_with_one_warning_that_names_what_is_ignored():
+    newer = PAPER.replace("schema_version: 1", "schema_version: 9").replace("rank: 64", "rank: 64, rslora: true")
+    newer += "mood: sunny\n"
+    with pytest.warns(UserWarning, match="schema version 9, newer") as caught:
+        config = StrataConfig.from_yaml(newer, file="my.yaml")
+    assert len(caught) == 1
+    assert "mood" in str(caught[0].message)
+    assert "rslora" in str(caught[0].message)
+    assert config == StrataConfig.from_yaml(PAPER)
+    # Control: a file of this version warns of nothing, and its unknown fields are errors.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        StrataConfig.from_yaml(PAPER)
+    with pytest.raises(ConfigError, match="unknown field 'mood'"):
+        StrataConfig.from_yaml(newer.replace("schema_version: 9", "schema_version: 1"))
+
+
+# -- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def test_describe_shows_every_stratum_and_what_trains():
+    text = StrataConfig.from_yaml(PAPER).describe()
+    assert "bert-large-cased: encoder of 24 blocks" in text
+    assert "[10, 24)  14     lora+bitfit  LoRA rank 64 on query, key, value; biases of intermediate" in text
+    assert "tested against baselines: no" in text
+
+
+def test_html_is_escaped():
+    html = StrataConfig.preset("spafit-scaled-I", blocks=6, model_id="<script>")._repr_html_()
+    assert "<script>" not in html
+    assert "&lt;script&gt;" in html
+
+
+def test_numbers_that_are_not_finite_become_null_in_provenance():
+    import numpy as np
+
+    config = StrataConfig.preset("spafit-scaled-I", blocks=6).with_provenance(
+        {"a": float("nan"), "b": np.float64(0.5), "c": (np.int64(1), np.array([1.0, np.inf]))}
+    )
+    assert [config.provenance[k] for k in "abc"] == [None, 0.5, [1, [1.0, None]]]
+    assert StrataConfig.from_yaml(config.to_yaml()) == config
+
+
+def test_numbers_with_exponents_are_numbers():
+    assert StrataConfig.from_yaml(PAPER.replace("dropout: 0.0", "dropout: 1e-1")).strata[2].lora.dropout == 0.1
+
+
+def test_roles_are_those_that_the_stack_finder_knows():
+    assert set(ROLES) == set(LAYOUT_ROLES)
+
+
+def test_reading_a_plan_loads_neither_torch_nor_pandas():
+    code = (
+        "import sys; from spafit.strata import StrataConfig; c = StrataConfig.preset('spafit-scaled-I', blocks=6); "
+        "StrataConfig.from_yaml(c.to_yaml()); print([m for m in ('torch', 'pandas') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
