@@ -18,6 +18,7 @@ tasks_app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_SHOWN = ("item", "label", "text", "span")
 _JSON = typer.Option("--json", help="Print JSON for programs.")
 _Reference = Annotated[
     str,
@@ -91,11 +92,11 @@ def rows(
         found += [
             {
                 "task": task.name,
-                "item": row.item,
-                "label": task.labels[row.label],
-                "text": _marked(task, int(row.text), int(row.span)),
+                "item": item,
+                "label": task.labels[label],
+                "text": _marked(task, text, span),
             }
-            for row in items.itertuples()
+            for item, label, text, span in zip(*(items[c].tolist() for c in _SHOWN), strict=True)
         ]
     if json:
         _print_json(found)

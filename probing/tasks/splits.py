@@ -29,16 +29,17 @@ def with_all_splits(
         _carve(splits, texts, labels, HELD_OUT, "test", stratify)
         _carve(splits, texts, labels, HELD_OUT / (1 - HELD_OUT), "dev", stratify)
         return splits, ["The data bring no splits: split 80/10/10 by text, deterministically."]
-    notes = []
+    notes, share = [], HELD_OUT
     if not set(splits) - {"train", "dev"}:
         if "dev" in splits:
             splits = ["test" if split == "dev" else split for split in splits]
             notes.append("There is no test split: the dev split is used as test.")
         else:
             count = _carve(splits, texts, labels, HELD_OUT, "test", stratify)
+            share = HELD_OUT / (1 - HELD_OUT)
             notes.append(f"There is no test split: {count} training row(s) (10 % of the texts) are used as test.")
     if "dev" not in splits:
-        count = _carve(splits, texts, labels, HELD_OUT, "dev", stratify)
+        count = _carve(splits, texts, labels, share, "dev", stratify)
         notes.append(f"There is no dev split: {count} training row(s) (10 % of the texts) are used as dev.")
     return splits, notes
 

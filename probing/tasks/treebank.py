@@ -284,11 +284,13 @@ def _with_all_splits(by_split: dict[str, list[Sentence]]) -> tuple[list[Sentence
         if not test and dev:
             test, dev = dev, []
             notes.append("The treebank has no test file: its dev file is the test split.")
+        share = HELD_OUT
         if not test:
             test, train, unit = _carve(train, HELD_OUT, "test")
+            share = HELD_OUT / (1 - HELD_OUT)
             notes.append(f"10 % of the training file, by {unit}, are the test split: the treebank has none.")
         if not dev:
-            dev, train, unit = _carve(train, HELD_OUT, "dev")
+            dev, train, unit = _carve(train, share, "dev")
             notes.append(f"10 % of the training file, by {unit}, are the dev split.")
     parts = (("train", train), ("dev", dev), ("test", test))
     return [s if s.split == split else replace(s, split=split) for split, part in parts for s in part], notes
@@ -318,14 +320,16 @@ def _carve(sentences: list[Sentence], share: float, what: str) -> tuple[list[Sen
 
 
 def _with_unique_ids(sentences: list[Sentence]) -> list[Sentence]:
-    seen: dict[str, int] = {}
+    """Sentences whose ids are unique: a repeated one becomes ``id~2``, a missing one ``sentence-<position>``."""
+    taken: set[str] = set()
     found = []
-    for i, sentence in enumerate(sentences, start=1):
-        name = sentence.id or f"sentence-{i}"
-        while name in seen:
-            seen[name] += 1
-            name = f"{name}~{seen[name]}"
-        seen[name] = 1
+    for position, sentence in enumerate(sentences, start=1):
+        first = name = sentence.id or f"sentence-{position}"
+        repeat = 1
+        while name in taken:
+            repeat += 1
+            name = f"{first}~{repeat}"
+        taken.add(name)
         found.append(sentence if sentence.id == name else replace(sentence, id=name))
     return found
 
