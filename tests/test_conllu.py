@@ -425,4 +425,4 @@ def test_ewt_gives_every_task(ewt):
 def test_ewt_reads_within_seconds():
     start = time.process_time()
     treebank_tasks(read_treebank(EWT), ["upos"])
-    assert time.process_time() - start < 12  # about 3 s on an idle core
+    assert time.process_time() - start < 15  # about 3 s on an idle core; loaded machines count more

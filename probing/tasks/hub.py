@@ -135,11 +135,14 @@ def _splits(reference: str, content: Mapping[str, Any], options: Options) -> lis
 def _frame(data: Any, options: Options) -> pd.DataFrame:
     """The columns that the task reads, class indices as names; other columns by name only."""
     wanted = set(options.columns.values())
+    rows = pd.RangeIndex(1, len(data) + 1, name="line")
     content = {
-        column: pd.Series(_named(data.features[column], data[column][:]), dtype=object) if column in wanted else None
+        column: pd.Series(_named(data.features[column], data[column][:]), index=rows, dtype=object)
+        if column in wanted
+        else None
         for column in data.column_names
     }
-    return pd.DataFrame(content, index=pd.RangeIndex(1, len(data) + 1, name="line"))
+    return pd.DataFrame(content, index=rows)
 
 
 def _named(feature: Any, values: Sequence[Any]) -> list[Any]:
