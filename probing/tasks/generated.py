@@ -16,7 +16,7 @@ from probing.tasks.base import ITEM_COLUMNS, Corpus, Task, Text
 from probing.tasks.grammar import EVENTS, Plan, realize, shifted
 from probing.tasks.lexicon import Part, vocabulary
 from probing.tasks.plans import Decks, Planner
-from probing.tasks.questions import QUESTIONS, Entry, Question, encounter_person
+from probing.tasks.questions import QUESTIONS, Entry, Question
 from spafit.errors import UsageError
 from spafit.runtime import seed_sequence
 
@@ -81,7 +81,7 @@ def _parts(plan: Plan, decks: Decks) -> tuple[str, ...]:
     """Words whose states are kept: both verbs; both persons of a relative sentence, else one of the encounter's two."""
     if plan.structure in ("right", "center"):
         return (plan.first, plan.second, *EVENTS)
-    return (encounter_person(plan, decks), *EVENTS)
+    return (decks.draw((plan.structure, plan.voice), (plan.first, plan.second)), *EVENTS)
 
 
 def _task(question: Question, corpus: Corpus, entries: list[Entry], swapped: dict[str, int], random: Random) -> Task:

@@ -47,11 +47,6 @@ class Entry:
 Item = tuple[Entry, str, int]
 
 
-def encounter_person(plan: Plan, decks: Decks) -> str:
-    """One person of the encounter: mostly the first, since the second one's position tells a passive from an active."""
-    return decks.draw((plan.structure, plan.voice), (plan.first,) * 3 + (plan.second,))
-
-
 def _relative(entries: list[Entry]) -> list[Entry]:
     return [e for e in entries if e.plan.structure in ("right", "center")]
 
@@ -145,7 +140,7 @@ def _odd_thing(entries: list[Entry], random: Random) -> Iterator[Item]:
 def _agent(entries: list[Entry], random: Random) -> Iterator[Item]:
     decks = Decks(random)
     for e in entries:
-        part = encounter_person(e.plan, decks) if len(e.parts) == 4 else e.parts[0]
+        part = decks.draw((e.split, e.plan.structure, e.plan.voice), e.parts[:2]) if len(e.parts) == 4 else e.parts[0]
         yield e, part, int(part == "agent")
 
 

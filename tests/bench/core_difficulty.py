@@ -75,8 +75,8 @@ def fitted(train: np.ndarray, y: np.ndarray, dev: np.ndarray, y_dev: np.ndarray,
     return max(models, key=lambda m: m.score(dev, y_dev))
 
 
-def baselines(task: Task) -> dict[str, dict[str, float]]:
-    """Accuracy of each shallow baseline on each test split; trained on the task's training items."""
+def baselines(task: Task, *, l2: tuple[float, ...] = (0.01, 0.1, 1.0)) -> dict[str, dict[str, float]]:
+    """Accuracy of each shallow baseline on each test split, trained on the training items, penalty chosen on dev."""
     items, texts = task.items, task.corpus.texts
     strings = items["text"].map(lambda i: texts[i].string)
     splits = {s: (items["split"] == s).to_numpy() for s in ("train", "dev", *task.test_splits)}
@@ -102,10 +102,18 @@ def baselines(task: Task) -> dict[str, dict[str, float]]:
         s: {"chance": float((y[splits[s]] == majority).mean())} for s in task.test_splits
     }
     for name, x in tables.items():
-        model = fitted(x[splits["train"]], y[splits["train"]], x[splits["dev"]], y[splits["dev"]], (0.01, 0.1, 1.0))
+        model = fitted(x[splits["train"]], y[splits["train"]], x[splits["dev"]], y[splits["dev"]], l2)
         for s in task.test_splits:
             out[s][name] = float(model.score(x[splits[s]], y[splits[s]]))
     return out
+
+
+def leaks(scores: dict[str, float]) -> list[str]:
+    """Baselines more than 10 points above chance.
+
+    Position is shown but not bound by the claim: a construction with one more word moves the words behind it.
+    """
+    return [name for name in ("bow", "cased", "length", "identity") if scores.get(name, 0) > scores["chance"] + 0.10]
 
 
 def probe(task: Task, states: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, list[np.ndarray]]:
@@ -171,8 +179,8 @@ def main() -> int:
             print(pd.DataFrame(rows[-1:]).to_string(index=False, header=False, float_format="%.3f"), flush=True)
             if task.level == "surface":
                 continue
-            leaks = [name for name, value in shallow[split].items() if value > shallow[split]["chance"] + 0.10]
-            failures += [f"{short}/{split}: {name} is more than 10 points above chance" for name in leaks]
+            found = leaks(shallow[split])
+            failures += [f"{short}/{split}: {name} is more than 10 points above chance" for name in found]
             if min(scores.values()) > 0.97:
                 failures.append(f"{short}/{split}: above 97 % at every layer")
     table = pd.DataFrame(rows)
