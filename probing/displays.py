@@ -222,11 +222,12 @@ def _by_level(
         tasks = [t for found, t in ordered_tasks(rows) if found == level]
         for i, task in enumerate(tasks):
             marker, glyph = list(_MARKERS.items())[i % len(_MARKERS)]
-            split, name = primary_split(rows, task), f"{glyph} {names[task].replace('_', ' ')}"
-            for k, variant in enumerate(variants(rows, task)):
-                own = curve_rows(rows, task=task, variant=variant, control="none", metric=metric, split=split)
+            part = rows[rows["task"] == task]
+            split, name = primary_split(part, task), f"{glyph} {names[task].replace('_', ' ')}"
+            for k, variant in enumerate(variants(part, task)):
+                own = curve_rows(part, task=task, variant=variant, control="none", metric=metric, split=split)
                 base = curve_rows(
-                    rows, task=task, variant=variant, control="random-encoder", metric=metric, split=split
+                    part, task=task, variant=variant, control="random-encoder", metric=metric, split=split
                 )
                 if len(base):
                     ax.plot(
@@ -261,7 +262,7 @@ def _by_level(
             ax.set_yticks([t for t in ax.get_yticks() if low <= t <= 1.001])
     axes[0].set_ylabel(unit)
     curve_legend(figure, kinds, lines, metric=metric, words=caption(rows, unit), strata=strata)
-    figure.draw_without_rendering()
+    plotting.lay_out(figure)
     for ax, ends in labels:
         plotting.label_line_ends(ax, ends, x=float(rows["hidden"].max()))
     plotting.fit_stratum_labels(figure)

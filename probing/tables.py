@@ -131,10 +131,12 @@ def overview(scores: pd.DataFrame, summaries: pd.DataFrame) -> list[TaskRow]:
     """One :class:`TaskRow` per task and (stack, site, pooling, probe), by level, then in the order of the table."""
     rows = []
     adjusted = [("bits", c) for c in ("random-encoder", "difference:random-encoder", "none")]
-    for level, task in ordered_tasks(scores):
-        split = primary_split(scores, task)
-        for variant in variants(scores, task):
-            own = curve_rows(scores, task=task, variant=variant, control="none", metric="accuracy", split=split)
+    every = reported(scores)
+    for level, task in ordered_tasks(every):
+        part = every[every["task"] == task]
+        split = primary_split(part, task)
+        for variant in variants(part, task):
+            own = curve_rows(part, task=task, variant=variant, control="none", metric="accuracy", split=split)
             if own.empty:
                 continue
             values = own["value"].to_numpy(float)

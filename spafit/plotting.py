@@ -77,6 +77,7 @@ _RC: dict[Any, Any] = {
     "savefig.facecolor": "auto",
     "legend.frameon": False,
     "lines.linewidth": 1.8,
+    "text.parse_math": False,  # a task's name may hold a dollar sign
     "svg.fonttype": "path",
     "svg.hashsalt": "spafit",
 }
@@ -136,9 +137,17 @@ def hidden_ticks(first: int, last: int, *, most: int = 9) -> list[int]:
 
 def freeze_layout(figure: Figure) -> Figure:
     """Lay the figure out once and keep the result, so that saving it again, in any format, costs only the drawing."""
-    figure.draw_without_rendering()
+    lay_out(figure)
     figure.set_layout_engine("none")
     return figure
+
+
+def lay_out(figure: Figure) -> None:
+    """Run the layout now, so that positions and extents can be asked for; nothing is drawn."""
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    with style():
+        engine.execute(figure)
 
 
 def band(
@@ -196,8 +205,8 @@ def shade_strata(
 
 
 def fit_stratum_labels(figure: Figure) -> None:
-    """Break or hide the labels of :func:`shade_strata` that are wider than their span. Call when the layout is done."""
-    figure.draw_without_rendering()
+    """Break or hide the labels of :func:`shade_strata` that are wider than their span. Lays the figure out first."""
+    lay_out(figure)
     for ax in figure.axes:
         labels = [t for t in ax.texts if t.get_gid() == "stratum-label"]
         spans = [p for p in ax.patches if p.get_zorder() == 0]
@@ -264,10 +273,31 @@ def _shifted(ax: Axes, points: float) -> Any:
 
 def save_figure(figure: Figure, path: Path, *, dpi: int = 160) -> Path:
     """Write ``path`` (``.png`` or ``.svg``) atomically; the same figure gives the same bytes. Returns the path."""
-    metadata = {"Date": None} if path.suffix == ".svg" else None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    def write(target: Path) -> None:
+        if path.suffix == ".svg":
+            target.write_text(_svg(figure), encoding="utf-8")
+            return
+        own = figure.dpi
+        figure.dpi = dpi
+        try:  # the canvas itself: savefig draws twice, the first time for a layout that these figures have already
+            FigureCanvasAgg(figure).print_png(str(target))
+        finally:
+            figure.dpi = own
+
     with style():
-        atomic_write(path, lambda p: figure.savefig(p, dpi=dpi, format=path.suffix.lstrip("."), metadata=metadata))
+        atomic_write(path, write)
     return path
+
+
+def _svg(figure: Figure) -> str:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    buffer = io.StringIO()
+    with style():
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    return buffer.getvalue()
 
 
 def inline_svg(figure: Figure, *, prefix: str, title: str) -> str:
@@ -284,12 +314,15 @@ def inline_svg(figure: Figure, *, prefix: str, title: str) -> str:
     """
     from html import escape
 
-    buffer = io.StringIO()
-    with style():
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    svg = buffer.getvalue()
+    page = figure.get_facecolor()
+    figure.set_facecolor("none")
+    try:
+        svg = _svg(figure)
+    finally:
+        figure.set_facecolor(page)
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
     svg = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{prefix}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)

