@@ -37,7 +37,7 @@ def run(*arguments):
 def test_the_list_names_every_task_with_level_and_sizes():
     lines = run().splitlines()
     assert lines[0].split() == ["name", "level", "unit", "classes", "train", "dev", "test", "description"]
-    assert lines[2].split() == ["toy.tense", "semantics", "sentence", "2", "5", "2", "2", "Toy", "toy.tense."]
+    assert lines[2].split() == ["toy.tense", "semantics", "sentence", "2", "5", "2", "2", "Toy", "toy.tense"]
     listed = json.loads(run("--json"))
     assert [row["name"] for row in listed] == ["toy", "toy.tense", "toy.length"]
 

@@ -46,6 +46,7 @@ def list_registered(context: typer.Context, json: Annotated[bool, _JSON] = False
         return
     shown = table[["name", "level", "unit", "classes", "train", "dev", "test", "description"]].astype(str)
     shown.loc[table["kind"] == "group", "classes"] = ""
+    shown["description"] = shown["description"].str.split(". ").str[0].str.rstrip(".")  # `show` gives the rest
     _print_table(list(shown.columns), shown.to_numpy().tolist())
 
 
