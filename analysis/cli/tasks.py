@@ -46,7 +46,7 @@ def list_registered(context: typer.Context, json: Annotated[bool, _JSON] = False
         return
     shown = table[["name", "level", "unit", "classes", "train", "dev", "test", "description"]].astype(str)
     shown.loc[table["kind"] == "group", "classes"] = ""
-    shown["description"] = shown["description"].str.split(". ").str[0].str.rstrip(".")  # `show` gives the rest
+    shown["description"] = [d.partition(". ")[0].rstrip(".") for d in shown["description"]]  # `show` gives the rest
     _print_table(list(shown.columns), shown.to_numpy().tolist())
 
 
