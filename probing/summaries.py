@@ -163,8 +163,8 @@ def emergence(curve: LayerCurve, *, level: float = 0.95, n_draws: int = 1000, se
     if roots.max() > 0:
         random = generator(seed, "emergence", curve.task)
         noise = (random.standard_normal((_N_KNOWN + n_draws, len(y))) * roots) @ vectors.T
-        whiten = (vectors / roots).T
-        known = np.array([_simplify(y + e, layers, whiten) for e in noise[:_N_KNOWN]])
+        pieces, whiten = _pieces(layers), (vectors / roots).T
+        known = np.array([_simplify(y + e, pieces, whiten) for e in noise[:_N_KNOWN]])
         known = known[np.arange(n_draws) % _N_KNOWN]
         errors = _centre(known + noise[_N_KNOWN:], layers) - _centre(known, layers)
         errors = errors[np.isfinite(errors)]
@@ -249,33 +249,36 @@ def _centre(y: np.ndarray, layers: np.ndarray) -> np.ndarray:
     return np.divide(moment, rise, out=np.full(np.shape(rise), np.nan), where=rise > 0)
 
 
-def _simplify(y: np.ndarray, layers: np.ndarray, whiten: np.ndarray) -> np.ndarray:
+def _pieces(layers: np.ndarray) -> np.ndarray:
+    """Steps at each hidden index (the first is the constant) and bends that start there, shape (hidden, pieces)."""
+    steps = (layers[:, None] >= layers[None, :]).astype(np.float64)
+    return np.hstack([steps, np.maximum(0.0, layers[:, None] - layers[None, :-1])])
+
+
+def _simplify(y: np.ndarray, pieces: np.ndarray, whiten: np.ndarray) -> np.ndarray:
     """Return the curve of few steps and bends that explains ``y`` up to its noise, in ``y``'s unit.
 
-    Forward selection on whitened scores: at each turn the step (at one hidden index) or bend that lowers the squared
-    error most, until none lowers it by :data:`_MIN_IMPROVEMENT`. If the result never rises, ``y`` itself is returned.
+    Forward selection on whitened scores: after the constant, at each turn the piece that lowers the squared error
+    most, until none lowers it by :data:`_MIN_IMPROVEMENT`. If the result never rises, ``y`` itself is returned.
     """
     n = len(y)
-    steps = (layers[:, None] >= layers[None, :]).astype(np.float64)  # the first column is the constant
-    bends = np.maximum(0.0, layers[:, None] - layers[None, :-1])
-    pieces = np.hstack([steps, bends])
-    white, target = whiten @ pieces, whiten @ y
+    white, residual = whiten @ pieces, whiten @ y
+    target = residual.copy()
     original = (white**2).sum(axis=0)
-    chosen: list[int] = []
-    left, residual = white.copy(), target.copy()
-    best = 0
+    left = original.copy()  # squared norm of each piece's part that the chosen ones do not explain
+    basis = np.empty((n, n))
+    chosen = [0]
     while True:
-        direction = left[:, best] / np.linalg.norm(left[:, best])
-        chosen.append(best)
-        residual -= direction * (direction @ residual)
-        left -= np.outer(direction, direction @ left)
-        if len(chosen) == n:
-            break
-        norms = (left**2).sum(axis=0)
-        usable = norms > 1e-8 * original  # not yet explained by the chosen pieces
-        improvement = np.where(usable, (left.T @ residual) ** 2 / np.where(usable, norms, 1.0), 0.0)
+        k = len(chosen) - 1
+        direction = white[:, chosen[-1]] - basis[:k].T @ (basis[:k] @ white[:, chosen[-1]])
+        basis[k] = direction / math.sqrt(direction @ direction)
+        residual -= basis[k] * (basis[k] @ residual)
+        left -= (basis[k] @ white) ** 2
+        usable = left > 1e-8 * original
+        improvement = np.where(usable, (residual @ white) ** 2 / np.where(usable, left, 1.0), 0.0)
         best = int(np.argmax(improvement))
-        if improvement[best] < _MIN_IMPROVEMENT:
+        if len(chosen) == n or improvement[best] < _MIN_IMPROVEMENT:
             break
+        chosen.append(best)
     known = pieces[:, chosen] @ np.linalg.lstsq(white[:, chosen], target, rcond=None)[0]
     return known if known.max() > known[0] else y

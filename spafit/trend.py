@@ -104,7 +104,7 @@ def jonckheere_terpstra(
 
 
 def trend_power(
-    counts: Sequence[int], *, step: float, sd: float, alpha: float = 0.05, n_simulations: int = 4000, seed: int = 0
+    counts: Sequence[int], *, step: float, sd: float, alpha: float = 0.05, n_simulations: int = 2000, seed: int = 0
 ) -> float:
     """Simulated power of the one-sided (increasing) trend test.
 
