@@ -56,7 +56,7 @@ def locate(
     revision: str | None = None,
     offline: bool = False,
     allow_pickle: bool = False,
-    timeout_s: float = 8.0,
+    timeout_s: float = 7.0,
 ) -> Located:
     """Find a local folder or GGUF file, or bring a model of the hub into its cache.
 
@@ -118,23 +118,28 @@ def quiet() -> Iterator[None]:
     import logging
 
     from huggingface_hub import constants
-    from transformers.utils import logging as hf_logging
+    from huggingface_hub import utils as hub_utils
 
+    # Bars of transformers have a switch of their own, which matters only once it is imported.
+    module = sys.modules.get("transformers.utils.logging")
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
     levels = [log.level for log in loggers]
+    shown = module.is_progress_bar_enabled() if module else not hub_utils.are_progress_bars_disabled()
+    switch = module or hub_utils
+    many = "" if module else "s"
     # A bar that the user forced with HF_HUB_DISABLE_PROGRESS_BARS=0 stays.
-    bars = hf_logging.is_progress_bar_enabled() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None
+    bars = shown and constants.HF_HUB_DISABLE_PROGRESS_BARS is None
     for log in loggers:
         log.setLevel(logging.ERROR)
     if bars:
-        hf_logging.disable_progress_bar()
+        getattr(switch, f"disable_progress_bar{many}")()
     try:
         yield
     finally:
         for log, level in zip(loggers, levels, strict=True):
             log.setLevel(level)
         if bars:
-            hf_logging.enable_progress_bar()
+            getattr(switch, f"enable_progress_bar{many}")()
 
 
 # ---------------------------------------------------------------- what a folder holds
@@ -330,8 +335,9 @@ def _explain(error: BaseException, name: str, revision: str | None, timeout_s: f
         status = error.response.status_code
         if status in (401, 403):
             return HubError(
-                f"{hub} refused access to {name!r} (status {status}). Set HF_TOKEN to a valid token whose account has "
-                "accepted the model's licence; an expired token is refused even for public models."
+                f"{hub} refused access to {name!r} (status {status}): it is private, gated or not there, or the token "
+                f"is not valid.{near} Set HF_TOKEN to a token whose account has accepted the model's licence; an "
+                "expired one is refused even for public models."
             )
         return HubError(f"{hub} answered {name!r} with status {status}. Try again later. {_REMEDY}")
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):

@@ -51,8 +51,12 @@ def load_backbone(found: Located, *, dtype: str, notes: list[str]) -> nn.Module:
 
 def _from_pretrained(auto: Any, found: Located, *, dtype: str, **settings: Any) -> tuple[Any, dict[str, Any]]:
     """Load with transformers' own loader, from files only; what it cannot read is a ModelError."""
+    import struct
+    from pickle import UnpicklingError
+
     from safetensors import SafetensorError
 
+    broken = (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, SafetensorError, struct.error)
     arguments = {
         "dtype": torch_dtype(dtype),
         "local_files_only": True,
@@ -72,7 +76,12 @@ def _from_pretrained(auto: Any, found: Located, *, dtype: str, **settings: Any) 
                 f"{found.folder} needs a package that is missing ({_line(error)}). For GGUF files: "
                 'pip install "spafit[gguf]".'
             ) from error
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, EOFError) as error:
+        except UnpicklingError as error:
+            raise ModelError(
+                f"{found.folder} holds a pickle with more than tensors in it, which torch's restricted reader refuses. "
+                "Do not trust it; use safetensors."
+            ) from error
+        except broken as error:
             raise ModelError(
                 f"{found.folder} cannot be loaded ({_line(error)}). Check that the folder is whole and that this "
                 "version of transformers knows its model type."

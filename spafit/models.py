@@ -80,7 +80,7 @@ def load_model(
     stack: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "cpu",
-    hub_timeout_s: float = 8.0,
+    hub_timeout_s: float = 7.0,
 ) -> LoadedModel:
     """Load a model.
 
@@ -162,23 +162,20 @@ def randomize_weights(loaded: LoadedModel, seed: int) -> LoadedModel:
     state. A module outside transformers is re-initialised through its layers' ``reset_parameters``; a bare parameter
     that no layer resets is drawn from a normal distribution with the mean and spread that it has, and a note says so.
     """
-    import torch
-
     old = loaded.model
     first = next(old.parameters())
     notes = [f"weights drawn at random (seed {seed}), by the model's own initialisation"]
     with torch_seed(seed, "random-weights"), quiet():
         if hasattr(old, "config") and hasattr(type(old), "from_pretrained"):
-            model = type(old)(copy.deepcopy(old.config)).to(device=first.device, dtype=first.dtype)
+            model = type(old)(copy.deepcopy(old.config))
         else:
-            model = copy.deepcopy(old)
+            model = copy.deepcopy(old).cpu()  # drawn on the CPU, so that a device does not change the draw
             left = _reset(model)
             if left:
                 notes.append(
                     f"{len(left)} parameters without a scheme of their own were drawn as normal ({left[0]}, …)"
                 )
-    model = model.eval().requires_grad_(False)
-    assert all(isinstance(p, torch.Tensor) for p in model.parameters())
+    model = model.eval().requires_grad_(False).to(device=first.device, dtype=first.dtype)
     return replace(
         loaded,
         model=model,
