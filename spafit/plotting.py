@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 LEVEL_COLORS = {"surface": "#c87f00", "syntax": "#0072b2", "semantics": "#00855f", "other": "#a8548c"}
 
 #: The same levels on a dark page.
-LEVEL_COLORS_DARK = {"surface": "#f0b341", "syntax": "#5bb8f0", "semantics": "#3cc99a", "other": "#e08cc4"}
+LEVEL_COLORS_DARK = {"surface": "#f0b341", "syntax": "#5bb8f0", "semantics": "#3cc99a", "other": "#d96fae"}
 
 #: Colours for several models in one panel, in order.
 MODEL_COLORS = ("#0072b2", "#c87f00", "#00855f", "#a8548c", "#d1495b", "#5b6c8f", "#7a9e00", "#7b5cd6")
-_MODEL_COLORS_DARK = ("#5bb8f0", "#f0b341", "#3cc99a", "#e08cc4", "#f58a97", "#a3b4d6", "#b4d641", "#b39dfa")
+_MODEL_COLORS_DARK = ("#5bb8f0", "#f0b341", "#3cc99a", "#d96fae", "#f58a97", "#a3b4d6", "#b4d641", "#b39dfa")
 
 #: Text and axes, secondary text and controls, and the page below.
 INK, MUTED, PAPER = "#1d2129", "#737a85", "#fefefe"
