@@ -27,7 +27,7 @@ class ProbeConfig:
         tasks: task references; ``core`` is the generated suite.
         layers: hidden indices to probe, such as ``0-6`` or ``0,3,6``; ``all`` by default.
         sites: where states are read: ``block`` output, ``attention``, ``feed_forward``, ``heads``, ``final_norm``.
-        stack: which block stack (``encoder``, ``decoder``, ``text``, ``vision``), or the dotted path of the list of blocks
+        stack: which stack (``encoder``, ``decoder``, ``text``, ``vision``), or the dotted path of the list of blocks
             in a model that is not recognised; None takes the first.
         pooling: how tokens become one state, for words (over sub-words) and sentences (over tokens): ``mean``, ``max``,
             ``first`` ([CLS] where there is one) or ``last``.

@@ -147,6 +147,8 @@ def fit_task(
 
     def record(name: str, i: int, k: slice, fit: LinearProbeFit, m: int, x: np.ndarray, gold: np.ndarray) -> None:
         log_p = fit.log_probabilities(x, label_set=m)[:, 0]
+        # A class that this draw never saw has probability zero; it is given one item more than was seen.
+        log_p = np.maximum(log_p, -np.log(len(train) + 1.0), where=np.isneginf(log_p), out=log_p)
         into = results[name]
         into["labels"][i] = gold
         into["predictions"][i, k] = log_p.argmax(-1)

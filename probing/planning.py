@@ -280,11 +280,14 @@ def extraction_options(config: ProbeConfig, tasks: Sequence[Task], corpus: str) 
 
 
 def _check_writable(out: Path, overwrite: str) -> None:
-    """Find out before the model is loaded that the folder can be written and may be."""
+    """Find out before the model is loaded that the folder can be written and may be; leaves nothing behind."""
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
+        for folder in new:
+            folder.rmdir()
     except OSError as error:
         raise OutputError(
             f"--out {out} cannot be written: {error.strerror}. Choose another folder with --out."

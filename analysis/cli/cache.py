@@ -46,10 +46,11 @@ def list_cache(
         return
     for entry in found:
         facts = entry.facts
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
         typer.echo(
-            f"{entry.folder.name[:12]}  {_size(entry.bytes):>9}  {entry.finished}/{entry.shards} shards  "
-            f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(entry.last_used))}  {facts.get('model', '(unreadable)')}  "
-            f"{facts.get('texts', '?')} texts  {', '.join(facts.get('series', []))}  {facts.get('dtype', '')}"
+            f"{entry.folder.name[:12]}  {_size(entry.bytes):>9}  {entry.finished}/{entry.shards} shards  {used}  "
+            f"{facts.get('model', '(unreadable)')}  {facts.get('texts', '?')} texts  "
+            f"{', '.join(facts.get('series', []))}  {facts.get('dtype', '')}"
         )
     typer.echo(f"{len(found)} store(s), {_size(total)} of {_size(cache_limit())} in {cache_root(cache_dir)}")
 

@@ -51,15 +51,17 @@ def run_guarded(command: Callable[[], object]) -> None:
     """Run a command line: one sentence and an exit status instead of a traceback, unless ``--debug`` is given."""
     from spafit.errors import SpafitError, UsageError
 
+    debug = "--debug" in sys.argv
+    sys.argv = [a for a in sys.argv if a != "--debug"]  # every command takes it, wherever it stands
     try:
         command()
     except SpafitError as error:
-        if "--debug" in sys.argv:
+        if debug:
             raise
         sys.stderr.write(f"Error: {error}\n")
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
-        if "--debug" in sys.argv:
+        if debug:
             raise
         sys.stderr.write("Interrupted. What was finished is kept; the same command goes on from there.\n")
         sys.exit(130)

@@ -1,0 +1,240 @@
+"""A run is resumable, repeatable to the byte, and loses nothing when a task, the process or the user stops it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import probing.running
+from probing import ProbeResults, probe_layers
+from probing.tasks.base import Corpus, Task, Text
+from spafit.errors import OutputError, TaskError, UsageError
+from spafit.io import read_json
+
+NOUNS = ("dog", "cat", "nurse", "baker", "river", "stone", "house", "garden")
+TABLES = ("scores.parquet", "scores.csv", "summaries.parquet", "summaries.csv")
+
+
+def word_task(name: str = "made.plural", n: int = 240) -> Task:
+    """Is the noun plural? Many sentences, few words, so that it runs in a moment."""
+    rng = np.random.default_rng(0)
+    texts, rows = [], []
+    for i in range(n):
+        noun, plural = NOUNS[rng.integers(len(NOUNS))], int(rng.integers(2))
+        words = ["The", noun + "s" * plural, "near", "the", NOUNS[rng.integers(len(NOUNS))], str(i)]
+        texts.append(Text.from_words(words))
+        split = "train" if i < 0.6 * n else "dev" if i < 0.75 * n else "test"
+        rows.append((f"i{i}", i, 1, plural, split, f"s{i}", words[1]))
+    items = pd.DataFrame(rows, columns=["item", "text", "span", "label", "split", "group", "control"])
+    return Task(name, "syntax", "word", ("singular", "plural"), Corpus("made", tuple(texts)), items)
+
+
+def sentence_task(name: str = "made.even") -> Task:
+    task = word_task()
+    items = task.items.assign(span=-1, control="", label=np.arange(len(task.items)) % 2)
+    return replace(task, name=name, unit="sentence", labels=("even", "odd"), level="surface", items=items)
+
+
+def quick(model: Path, out: Path, tasks=None, **more) -> ProbeResults:
+    options = {"seeds": (0, 1), "n_boot": 100, "quiet": True, **more}
+    return probe_layers(str(model), tasks or [word_task(), sentence_task()], out=out, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [folder / t for t in TABLES] + [p for d in ("items", "probes") for p in sorted((folder / d).iterdir())]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def test_a_run_writes_its_folder_and_the_results_are_a_view_on_it(small_bert, tmp_path, cache):
+    results = quick(small_bert, tmp_path / "run")
+    assert results.run["status"] == "complete"
+    again = ProbeResults.load(tmp_path / "run")
+    pd.testing.assert_frame_equal(again.scores, results.scores)
+    assert set(results.scores["control"]) == {
+        "none", "word-type", "random-encoder", "difference:word-type", "difference:random-encoder",
+    }  # fmt: skip
+    assert set(results.scores["hidden"]) == {0, 1, 2, 3}
+    assert (results.scores["block"] == results.scores["hidden"] - 1).all()
+    assert {"encode", "fit probes", "total"} <= set(results.run["seconds"])
+    assert "made.plural" in results.to_markdown()
+
+
+def test_the_same_command_again_computes_nothing_and_gives_the_same_bytes(small_bert, tmp_path, cache, monkeypatch):
+    quick(small_bert, tmp_path / "run")
+    before = contents(tmp_path / "run")
+
+    def never(*_, **__):
+        raise AssertionError("finished work was done again")
+
+    monkeypatch.setattr(probing.running, "fit_task", never)
+    monkeypatch.setattr(probing.running, "_encoders", never)
+    quick(small_bert, tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+def test_cold_warm_and_elsewhere_give_the_same_bytes(small_bert, tmp_path, cache, monkeypatch):
+    quick(small_bert, tmp_path / "cold")
+    quick(small_bert, tmp_path / "warm")
+    monkeypatch.setenv("SPAFIT_CACHE", str(tmp_path / "other"))
+    quick(small_bert, tmp_path / "again")
+    assert contents(tmp_path / "cold") == contents(tmp_path / "warm") == contents(tmp_path / "again")
+
+
+def test_changed_settings_are_not_taken_for_finished_work(small_bert, tmp_path, cache):
+    first = quick(small_bert, tmp_path / "run").scores
+    second = quick(small_bert, tmp_path / "run", max_train=50).scores
+    assert (first["n_train"] > 100).all()
+    assert (second["n_train"] == 50).all()
+
+
+def test_a_task_gives_the_same_numbers_alone_and_among_others(small_bert, tmp_path, cache):
+    together = quick(small_bert, tmp_path / "both").scores
+    alone = quick(small_bert, tmp_path / "one", tasks=[word_task()]).scores
+    part = together[together["task"] == "made.plural"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(part, alone)
+
+
+def test_one_failing_task_is_listed_and_the_rest_is_saved(small_bert, tmp_path, cache, monkeypatch):
+    real = probing.running.fit_task
+
+    def sometimes(task, *args, **kwargs):
+        if task.name == "made.plural":
+            raise ValueError("broken on purpose")
+        return real(task, *args, **kwargs)
+
+    monkeypatch.setattr(probing.running, "fit_task", sometimes)
+    results = quick(small_bert, tmp_path / "run")
+    assert results.run["status"] == "partial"
+    assert results.run["tasks"]["made.plural"]["error"] == "broken on purpose"
+    assert "ValueError" in results.run["tasks"]["made.plural"]["traceback"]
+    assert results.tasks == ("made.even",)
+    monkeypatch.undo()
+    monkeypatch.setenv("SPAFIT_CACHE", str(cache))
+    assert quick(small_bert, tmp_path / "run").run["status"] == "complete"
+
+
+def test_when_every_task_fails_the_reasons_are_the_error(small_bert, tmp_path, cache, monkeypatch):
+    def always(*_, **__):
+        raise ValueError("broken on purpose")
+
+    monkeypatch.setattr(probing.running, "fit_task", always)
+    with pytest.raises(TaskError, match=r"made\.plural: broken on purpose"):
+        quick(small_bert, tmp_path / "run")
+
+
+def test_finished_tasks_survive_an_interrupt(small_bert, tmp_path, cache, monkeypatch):
+    real = probing.running.fit_task
+
+    def stop_at_second(task, *args, **kwargs):
+        if task.name == "made.even":
+            raise KeyboardInterrupt
+        return real(task, *args, **kwargs)
+
+    monkeypatch.setattr(probing.running, "fit_task", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        quick(small_bert, tmp_path / "run")
+    kept = ProbeResults.load(tmp_path / "run")
+    assert kept.run["status"] == "interrupted"
+    assert kept.tasks == ("made.plural",)
+
+
+def test_a_damaged_part_is_computed_again(small_bert, tmp_path, cache):
+    quick(small_bert, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    for name in ("items/made.plural.parquet", "probes/made.even.safetensors"):
+        path = tmp_path / "run" / name
+        path.write_bytes(path.read_bytes()[:-7])
+    quick(small_bert, tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_before_the_model_loads(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        probe_layers("no-such-model", [word_task()], out=tmp_path / "file" / "run")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "run.json").write_text("{}")
+    with pytest.raises(OutputError, match="holds a run already"):
+        probe_layers("no-such-model", [word_task()], out=tmp_path / "old", overwrite="never")
+    with pytest.raises(UsageError, match="Did you mean 'core"):
+        probe_layers("no-such-model", ["cor"], out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_words_beyond_the_window_are_dropped_and_said(small_bert, tmp_path, cache):
+    task = word_task()
+    long = [Text.from_words([*t.words, *(["word"] * 70), "dogs"]) for t in task.corpus.texts]
+    items = task.items.assign(span=[1 if i % 3 else len(long[0].spans) - 1 for i in range(len(task.items))])
+    task = replace(task, corpus=Corpus("long", tuple(long)), items=items)
+    results = quick(small_bert, tmp_path / "run", tasks=[task])
+    test = task.items["split"] == "test"
+    assert results.scores["n"].unique().tolist() == [int((test & (task.items["span"] == 1)).sum())]
+    assert any("window" in note for note in results.run["tasks"]["made.plural"]["notes"])
+    assert results.run["truncated"] == len(long)
+
+
+SCRIPT = """
+import sys
+from tests.test_running import quick
+quick(sys.argv[1], __import__("pathlib").Path(sys.argv[2]))
+"""
+
+
+def start(model: Path, out: Path) -> subprocess.Popen:
+    root = Path(__file__).resolve().parents[1]
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(model), str(out)], cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_and_run_again_gives_the_same_bytes(small_bert, tmp_path, cache, monkeypatch):
+    begun = time.monotonic()
+    assert start(small_bert, tmp_path / "whole").wait() == 0
+    whole = time.monotonic() - begun
+    reference = contents(tmp_path / "whole")
+    rng = np.random.default_rng(0)
+    monkeypatch.setenv("SPAFIT_CACHE", str(tmp_path / "fresh"))
+    for _ in range(8):
+        process = start(small_bert, tmp_path / "killed")
+        time.sleep(rng.uniform(0.4, 1.0) * whole)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(small_bert, tmp_path / "killed").wait() == 0
+    assert contents(tmp_path / "killed") == reference
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_on_one_cache_are_both_right(small_bert, tmp_path, cache, monkeypatch):
+    pair = [start(small_bert, tmp_path / name) for name in ("a", "b")]
+    assert [p.wait() for p in pair] == [0, 0]
+    monkeypatch.setenv("SPAFIT_CACHE", str(tmp_path / "fresh"))
+    assert start(small_bert, tmp_path / "alone").wait() == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "alone")
+
+
+def test_shards_fill_the_cache_that_a_later_run_uses(small_bert, tmp_path, cache):
+    from probing.config import ProbeConfig
+    from probing.planning import plan_probing
+    from probing.running import extract_shard, run_plan
+
+    given = [word_task(), sentence_task()]
+    config = ProbeConfig(model=str(small_bert), out=str(tmp_path / "run"), seeds=(0,), n_boot=100)
+    plan = plan_probing(config, given=given)
+    for i in range(2):
+        extract_shard(plan, (i, 2), quiet=True)
+    assert not (tmp_path / "run").exists()
+    sharded = run_plan(plan, quiet=True).scores
+    single = quick(small_bert, tmp_path / "single", seeds=(0,), cache_dir=tmp_path / "other").scores
+    pd.testing.assert_frame_equal(sharded, single)
+    assert read_json(tmp_path / "run" / "run.json")["status"] == "complete"
