@@ -310,11 +310,11 @@ def task_layer_heatmap(
             halves.append(((own["ci_high"] - own["ci_low"]) / 2).median())
     if not numbers:
         raise UsageError(f"The table has no finite value of {metric!r}; there is nothing to draw.")
-    items = number_range(rows["n"])
+    items, known = number_range(rows["n"]), np.array(halves)[np.isfinite(halves)]
+    doubt = f"half-width of the 95 % interval: about {np.median(known):.3f}" if known.size else "no intervals"
     return _heatmap(
         np.array(numbers), np.array(shares), labels, colors, hidden, metric=metric,
-        caption=f"half-width of the 95 % interval: about {np.nanmedian(halves):.3f}; n = {items} test items per "
-        f"task; {X_WORDS}; box: best",
+        caption=f"{doubt}; n = {items} test items per task; {X_WORDS}; box: best",
     )  # fmt: skip
 
 

@@ -198,7 +198,7 @@ def shade_strata(
         if labels:
             text = ax.text(
                 (start + stop) / 2, 0.985, stratum.method, transform=top, ha="center", va="top", fontsize=7.5,
-                color=MUTED, linespacing=0.95, zorder=4, gid="stratum-label",
+                color=MUTED, linespacing=0.95, zorder=4, label="_stratum",
             )  # fmt: skip
             text.set_in_layout(False)
     return [(float(s.blocks[0]), float(s.blocks[1])) for s in shown]
@@ -208,7 +208,7 @@ def fit_stratum_labels(figure: Figure) -> None:
     """Break or hide the labels of :func:`shade_strata` that are wider than their span. Lays the figure out first."""
     lay_out(figure)
     for ax in figure.axes:
-        labels = [t for t in ax.texts if t.get_gid() == "stratum-label"]
+        labels = [t for t in ax.texts if t.get_label() == "_stratum"]
         spans = [p for p in ax.patches if p.get_zorder() == 0]
         for text, span in zip(labels, spans, strict=True):
             room = span.get_window_extent().width
