@@ -6,9 +6,10 @@ import os
 import re
 import shutil
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from probing.store import data_path, manifest_path, shard_state
 from spafit.errors import StoreError, UsageError
@@ -63,71 +64,74 @@ def cache_limit() -> int:
 # ---------------------------------------------------------------- locks
 
 
-def lock(path: Path, *, shared: bool = False, wait: bool = True) -> IO[bytes] | None:
-    """Take an advisory lock that ends when the handle is closed or its process dies; None if others hold it.
+class Lock:
+    """A lock held on a file until :meth:`release`, until the object is collected, or until the process dies."""
+
+    def __init__(self, path: Path):
+        self.path, self.descriptor = path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self.release = weakref.finalize(self, os.close, self.descriptor)
+
+
+def lock(path: Path, *, shared: bool = False, wait: bool = True) -> Lock | None:
+    """Take an advisory lock; None if others hold it and ``wait`` is False.
 
     Locks only save work and keep folders from being pruned under a reader: files are renamed into place, so results are
     right without them, as on file systems that have none.
+
+    Raises:
+        StoreError: the folder cannot be written.
     """
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = path.open("ab")
+            held = Lock(path)
+        except FileNotFoundError:  # the folder was pruned between the two lines
+            continue
         except OSError as error:
             raise StoreError(
                 f"The activation cache at {path.parent} cannot be written: {error.strerror}. "
                 "Name another place with --cache-dir or SPAFIT_CACHE."
             ) from error
         if fcntl is None:
-            return handle
+            return held
         try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(held.descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            handle.close()
+            held.release()
             return None
         except OSError:  # a file system without locks
-            return handle
+            return held
         # While we waited the holder may have removed the file: then the lock guards nothing, so begin again.
         try:
-            if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
-                return handle
+            if os.path.samestat(os.fstat(held.descriptor), path.stat()):
+                return held
         except FileNotFoundError:
             pass
-        handle.close()
+        held.release()
 
 
-def release(handle: IO[bytes], *, remove: Path | None = None) -> None:
-    """Let a lock go, removing its file first where nobody needs it any more."""
-    if remove is not None:
-        remove.unlink(missing_ok=True)
-    handle.close()
-
-
-def lease(folder: Path) -> IO[bytes] | None:
-    """Mark a store as in use; pruning passes it by until the handle is closed or collected."""
+def lease(folder: Path) -> Lock | None:
+    """Mark a store as in use; pruning passes it by until the lock is released or collected."""
     return lock(folder / ".lease", shared=True)
 
 
-def claim(folder: Path, shard: int, *, wait: bool) -> IO[bytes] | None:
+def claim(folder: Path, shard: int, *, wait: bool) -> Lock | None:
     """Announce that this process computes a shard; None if another one does (and ``wait`` is False).
 
     The winner clears away what a killed process may have left half-written.
     """
-    handle = lock(_claim_path(folder, shard), wait=wait)
-    if handle is not None and fcntl is not None:
+    held = lock(folder / f".claim-{shard:05d}", wait=wait)
+    if held is not None and fcntl is not None:
         for path in (data_path(folder, shard), manifest_path(folder, shard)):
             for left in folder.glob(f".{path.name}.*"):
                 left.unlink(missing_ok=True)
-    return handle
+    return held
 
 
-def unclaim(folder: Path, shard: int, handle: IO[bytes]) -> None:
-    """End a claim."""
-    release(handle, remove=_claim_path(folder, shard))
-
-
-def _claim_path(folder: Path, shard: int) -> Path:
-    return folder / f".claim-{shard:05d}"
+def unclaim(held: Lock) -> None:
+    """End a claim; its file goes first, so that who waits for it notices and looks again."""
+    held.path.unlink(missing_ok=True)
+    held.release()
 
 
 # ---------------------------------------------------------------- entries
@@ -193,13 +197,13 @@ def damaged_shards(entry: CacheEntry) -> list[int]:
 
 def remove(entry: CacheEntry) -> bool:
     """Delete a store unless it is in use; True if it is gone."""
-    handle = lock(entry.folder / ".lease", wait=False)
-    if handle is None:
+    held = lock(entry.folder / ".lease", wait=False)
+    if held is None:
         return False
     try:
         shutil.rmtree(entry.folder, ignore_errors=True)
     finally:
-        handle.close()
+        held.release()
     return not entry.folder.exists()
 
 

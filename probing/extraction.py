@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from probing.batching import BATCH_TOKENS, Batch, ExtractionPlan, plan_extraction, word_rows
-from probing.cache import claim, lease, make_room, unclaim, write_facts
+from probing.cache import Lock, claim, lease, make_room, unclaim, write_facts
 from probing.forward import Backbone, pick_stack
 from probing.pooling import pool
 from probing.store import ActivationStore, Series, data_path, manifest_path, shard_halvings, shard_state, write_shard
@@ -201,12 +201,12 @@ def _compute(
     with ThreadPoolExecutor(1) as writer, _runner(plan, device, progress) as run:
         while queue:
             shard, wait = queue.popleft()
-            handle = claim(plan.folder, shard, wait=wait)
-            if handle is None:
+            held = claim(plan.folder, shard, wait=wait)
+            if held is None:
                 queue.append((shard, True))
                 continue
             if shard_state(plan.folder, shard) == "good":
-                unclaim(plan.folder, shard, handle)
+                unclaim(held)
                 if progress is not None:
                     progress(_tokens(plan, shard))
                 continue
@@ -215,21 +215,21 @@ def _compute(
                 if pending is not None:
                     pending.result()
             except BaseException:
-                unclaim(plan.folder, shard, handle)
+                unclaim(held)
                 raise
-            pending = writer.submit(_write, plan, shard, tensors, halvings, handle)
+            pending = writer.submit(_write, plan, shard, tensors, halvings, held)
             del tensors  # the writer holds it until it is written
         if pending is not None:
             pending.result()
 
 
 def _write(
-    plan: ExtractionPlan, shard: int, tensors: dict[str, torch.Tensor], halvings: dict[int, int], handle: IO[bytes]
+    plan: ExtractionPlan, shard: int, tensors: dict[str, torch.Tensor], halvings: dict[int, int], held: Lock
 ) -> None:
     try:
         write_shard(plan.folder, shard, tensors, halvings=halvings)
     finally:
-        unclaim(plan.folder, shard, handle)
+        unclaim(held)
 
 
 Shard = tuple["dict[str, torch.Tensor]", dict[int, int]]

@@ -138,6 +138,8 @@ class Backbone:
         shape: list[tuple[int, ...]] = [()]
 
         def hand_over(site: str, hidden: int, states: object) -> None:
+            if isinstance(states, torch.Tensor) and states.dim() == 2 and len(states) == shape[0][0] * shape[0][1]:
+                states = states.reshape(*shape[0], -1)  # some feed-forward branches (OPT) flatten the batch
             if not isinstance(states, torch.Tensor) or states.dim() != 3 or states.shape[:2] != shape[0]:
                 got = tuple(states.shape) if isinstance(states, torch.Tensor) else type(states).__name__
                 raise ModelError(

@@ -123,6 +123,7 @@ def write_shard(folder: Path, shard: int, tensors: Mapping[str, torch.Tensor], *
     Raises:
         StoreError: the disk is full or cannot be written; shards finished before are kept.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     size, checksum = 0, 0
@@ -131,9 +132,7 @@ def write_shard(folder: Path, shard: int, tensors: Mapping[str, torch.Tensor], *
         nonlocal size, checksum
         try:
             save_file(dict(tensors), str(path))
-        except Exception as error:  # safetensors wraps the system's error in a class of its own
-            if type(error).__name__ != "SafetensorError":
-                raise
+        except SafetensorError as error:  # wraps the system's error
             raise OSError(str(error)) from error
         size, checksum = path.stat().st_size, _checksum(path)
 
