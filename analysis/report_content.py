@@ -97,7 +97,7 @@ def _facts(run: Mapping[str, Any], scores: pd.DataFrame) -> list[tuple[str, str]
         ("Probe", ", ".join(dict.fromkeys(scores["probe"].astype(str)))),
         ("Seeds", ", ".join(str(s) for s in run.get("seeds", []))),
         ("Device, precision", " · ".join(str(run[k]) for k in ("device", "dtype") if run.get(k))),
-        ("Finished", str(run.get("created_at", ""))),
+        ("Date", str(run.get("created_at", ""))),
     ]
     facts += [("Note", str(n)) for n in model.get("notes", [])]
     return [(k, v) for k, v in facts if v]
@@ -230,9 +230,7 @@ def _of(metric: str, control: str) -> str:
 
 def _verdict(verdict: Mapping[str, Any]) -> dict[str, Any]:
     def figure(value: Any, digits: int = 2) -> str:
-        return (
-            MISSING if value is None else f"{value:.{digits}g}" if abs(value) < 0.001 else number(value, digits=digits)
-        )
+        return MISSING if value is None else f"{value:.2g}" if abs(value) < 0.001 else number(value, digits=digits)
 
     conditions = []
     for c in verdict.get("conditions", []):
