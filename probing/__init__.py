@@ -17,7 +17,7 @@ _PUBLIC = {
     "load_tasks": "probing.registry",
     "ProbeResults": "probing.results",
     "LayerCurve": "probing.curves",
-    "LinearProbe": "probing.probes.linear",
+    "LinearProbe": "probing.probes.estimator",
     "Task": "probing.tasks.base",
     "Corpus": "probing.tasks.base",
     "Text": "probing.tasks.base",

@@ -1,0 +1,345 @@
+"""Many L2-penalised multinomial logistic regressions on one feature matrix, solved together.
+
+The fits of one representation differ in labels and in penalty but share their features, so one product of the features
+with all stacked coefficients serves every fit. L-BFGS runs on all of them at once, each with its own steps, history and
+stopping point; fits that are done leave the batch. Few passes over the data are needed because
+
+* the inverse Hessian starts from a Kronecker approximation: eigenvectors of the Gram matrix for the features and of the
+  mean softmax covariance for the classes, damped, plus the penalty (exact where all items get the same prediction);
+* the length of each step comes from the curvature along it on a few rows, so that trial steps are hardly ever refused;
+* with many rows, the first iterations run on growing prefixes of the shuffled rows;
+* the last step of a fit is taken without another pass to confirm it.
+
+Objectives are in nats per item here; callers convert to bits. Losses accumulate in float64, products run in float32.
+Coefficients are kept in the Gram matrix's eigenbasis, shape (fits, classes, width + 1) with the intercept last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Added to the class covariance's eigenvalues: without it, steps are far too long once most items are predicted well.
+DAMPING = 0.02
+#: Iterations whose curvature is remembered per fit.
+MEMORY = 10
+#: Scores computed at a time (fits × classes × rows): about what a processor's cache holds.
+BLOCK = 2**18
+#: Rows that give the class covariance and the curvature along a step.
+PROBE_ROWS = 2048
+#: Shares of the rows, and passes over each, before all rows are used; prefixes below ``PREFIX_MINIMUM`` are skipped.
+PREFIXES = ((0.1, 6), (0.3, 6))
+PREFIX_MINIMUM = 3000
+#: Penalty added on a prefix of m of n rows, times (1/m - 1/n): fewer rows tie the coefficients down less.
+PREFIX_PENALTY = 30.0
+#: Rows behind the Gram matrix of the preconditioner, at least; four per feature where that is more.
+GRAM_ROWS = 8192
+#: Above this many classes the class covariance's diagonal stands for the whole of it.
+FULL_COVARIANCE = 128
+#: Shorter steps tried in a row before a fit is left where it is.
+REFUSALS = 8
+
+
+class Features:
+    """Standardised features of one representation and the eigenbasis of their Gram matrix.
+
+    Args:
+        rows: float32, (n, width + 1), the last column one. Row order must be random: prefixes act as samples.
+    """
+
+    def __init__(self, rows: Tensor):
+        import torch
+
+        self.rows = rows
+        self.n, self.width = rows.shape[0], rows.shape[1] - 1
+        sample = rows[: min(self.n, max(GRAM_ROWS, 4 * self.width)), :-1]
+        values, self.basis = torch.linalg.eigh((sample.T @ sample) / len(sample))
+        # The intercept is a direction of its own, with the second moment of a feature that is always one.
+        self.spectrum = torch.cat([values.clamp_min(0), values.new_ones(1)])
+
+    def to_basis(self, v: Tensor) -> Tensor:
+        """Coefficients of the features -> coefficients in the eigenbasis."""
+        import torch
+
+        return torch.cat([v[..., :-1] @ self.basis, v[..., -1:]], -1)
+
+    def from_basis(self, v: Tensor) -> Tensor:
+        """Coefficients in the eigenbasis -> coefficients of the features."""
+        import torch
+
+        return torch.cat([v[..., :-1] @ self.basis.T, v[..., -1:]], -1)
+
+
+@dataclass
+class Solution:
+    """Where the fits stopped.
+
+    Attributes:
+        coefficients: (fits, classes, width + 1), in the eigenbasis.
+        gap: estimate of the objective's distance from its minimum before the last step, nats per item, (fits,).
+        passes: evaluations on all rows, (fits,).
+    """
+
+    coefficients: Tensor
+    gap: Tensor
+    passes: Tensor
+
+
+@dataclass
+class _Point:
+    value: Tensor  # (fits,), float64: objective
+    gradient: Tensor  # (fits, classes, width + 1)
+    scores: Tensor  # (fits, classes, probe rows): logits of the first rows
+    covariance: Tensor  # (fits, classes, classes), or (fits, classes): mean softmax covariance on the first rows
+
+    def take(self, index: Tensor) -> _Point:
+        return _Point(self.value[index], self.gradient[index], self.scores[index], self.covariance[index])
+
+    def where(self, accepted: Tensor, other: _Point) -> _Point:
+        """``other`` for the accepted fits, this point for the rest."""
+        if bool(accepted.all()):
+            return other
+        import torch
+
+        wide = accepted[:, None, None]
+        square = wide if self.covariance.ndim == 3 else accepted[:, None]
+        return _Point(
+            torch.where(accepted, other.value, self.value),
+            torch.where(wide, other.gradient, self.gradient),
+            torch.where(wide, other.scores, self.scores),
+            torch.where(square, other.covariance, self.covariance),
+        )
+
+
+class Fits:
+    """Problems on the same features: minimise mean log loss + l2/2 · ‖weights‖², the intercept unpenalised.
+
+    Args:
+        features: the shared features.
+        labels: int64, (fits, n), in the row order of ``features``.
+        l2: float32, (fits,).
+        present: bool, (fits, classes); classes that do not take part get probability zero.
+    """
+
+    def __init__(self, features: Features, labels: Tensor, l2: Tensor, present: Tensor):
+        import torch
+
+        self.features, self.labels, self.l2, self.present = features, labels, l2, present
+        self.classes = present.shape[1]
+        penalised = torch.ones(features.width + 1, dtype=l2.dtype, device=l2.device)
+        penalised[-1] = 0
+        self.penalty = l2[:, None, None] * penalised
+        self.barred = None
+        if not bool(present.all()):
+            self.barred = torch.where(present, 0.0, -torch.inf).to(l2.dtype)[:, :, None]
+
+    def take(self, index: Tensor) -> Fits:
+        """The problems at ``index``."""
+        return Fits(self.features, self.labels[index], self.l2[index], self.present[index])
+
+    def scores(self, plain: Tensor, rows: Tensor) -> Tensor:
+        """Logits, (fits, classes, rows), of coefficients outside the eigenbasis."""
+        return (plain.flatten(0, 1) @ rows.T).view(len(plain), self.classes, len(rows))
+
+    def evaluate(self, coefficients: Tensor, n: int) -> _Point:
+        """Objective and gradient on the first ``n`` rows, in blocks of rows: one product forwards, one back."""
+        import torch
+
+        fits, classes, width = coefficients.shape
+        plain = self.features.from_basis(coefficients)
+        loss = torch.zeros(fits, dtype=torch.float64, device=plain.device)
+        gradient = torch.zeros_like(plain).view(fits * classes, width)
+        minus_one = plain.new_full((1, 1, 1), -1.0)
+        probe_rows = min(n, PROBE_ROWS)
+        kept: list[Tensor] = []
+        covariance: Tensor | float = 0.0
+        step = max(256, BLOCK // (fits * classes))
+        for start in range(0, n, step):
+            rows = self.features.rows[start : min(start + step, n)]
+            labels = self.labels[:, None, start : start + len(rows)]
+            scores = self.scores(plain, rows)
+            if self.barred is not None:
+                scores += self.barred
+            probed = min(probe_rows - start, len(rows))
+            if probed > 0:
+                kept.append(scores[:, :, :probed].clone())
+            scores -= scores.amax(1, keepdim=True)
+            chosen = scores.gather(1, labels)
+            total = scores.exp_().sum(1, keepdim=True)
+            loss += (total.log() - chosen).sum((1, 2), dtype=torch.float64)
+            scores /= total
+            if probed > 0:
+                covariance = covariance + _softmax_covariance(scores[:, :, :probed]) / probe_rows
+            scores.scatter_add_(1, labels, minus_one.expand(labels.shape))
+            gradient.addmm_(scores.view(fits * classes, -1), rows)
+        shrink = self.penalty * coefficients
+        value = loss / n + 0.5 * (shrink * coefficients).sum((1, 2), dtype=torch.float64)
+        gradient = self.features.to_basis(gradient.view_as(coefficients)) / n + shrink
+        assert isinstance(covariance, torch.Tensor)
+        return _Point(value, gradient, torch.cat(kept, 2), covariance)
+
+    def step_length(self, point: _Point, direction: Tensor, slope: Tensor) -> Tensor:
+        """Step along ``direction``: minimum of the parabola with the exact slope and the curvature on the first rows.
+
+        The root draws it towards 1, L-BFGS's own length: a few rows give the curvature with some noise.
+        """
+        import torch
+
+        rows = self.features.rows[: point.scores.shape[2]]
+        change = self.scores(self.features.from_basis(direction), rows)
+        before, after = torch.softmax(point.scores, 1), torch.softmax(point.scores + change, 1)
+        curvature = ((after - before) * change).sum((1, 2)) / len(rows) + _dot(self.penalty * direction, direction)
+        length = (-slope / curvature.clamp_min(1e-30)).clamp(0.1, 5.0)
+        return length if len(rows) == self.features.n else length.sqrt()
+
+
+def _softmax_covariance(p: Tensor) -> Tensor:
+    """Sum over items of diag(p) - p pᵀ, or of its diagonal for very many classes."""
+    import torch
+
+    if p.shape[1] > FULL_COVARIANCE:
+        return (p * (1 - p)).sum(2)
+    return torch.diag_embed(p.sum(2)) - p @ p.transpose(1, 2)
+
+
+class _Preconditioner:
+    """Kronecker approximation of the Hessian at one point."""
+
+    def __init__(self, fits: Fits, covariance: Tensor):
+        import torch
+
+        self.vectors = None
+        values = covariance
+        if covariance.ndim == 3:
+            # Tiny matrices: their eigenvectors are cheaper on the host, in float64.
+            eigenvalues, vectors = torch.linalg.eigh(covariance.double().cpu())
+            values, self.vectors = eigenvalues.to(covariance), vectors.to(covariance)
+        self.spectrum, self.penalty = fits.features.spectrum, fits.penalty
+        self.values = values.clamp_min(0)[:, :, None]
+
+    def _turn(self, v: Tensor) -> Tensor:
+        return v if self.vectors is None else self.vectors.transpose(1, 2) @ v
+
+    def apply(self, v: Tensor) -> Tensor:
+        """Damped inverse times ``v``."""
+        turned = self._turn(v) / ((self.values + DAMPING) * self.spectrum + self.penalty)
+        return turned if self.vectors is None else self.vectors @ turned
+
+    def gap(self, gradient: Tensor) -> Tensor:
+        """Half the squared length of the gradient in the undamped inverse: distance from the minimum of a parabola."""
+        import torch
+
+        turned = self._turn(gradient)
+        curvature = (self.values + 1e-4) * self.spectrum + self.penalty
+        return 0.5 * (turned * turned / curvature.clamp_min(1e-12)).sum((1, 2), dtype=torch.float64)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum((1, 2))
+
+
+class _History:
+    """Steps and gradient changes of the last iterations; a weight of zero marks a pair that is not used."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def take(self, index: Tensor) -> None:
+        self.pairs = [(step[index], change[index], weight[index]) for step, change, weight in self.pairs]
+
+    def push(self, step: Tensor, change: Tensor, accepted: Tensor) -> None:
+        product = _dot(step, change)
+        # A pair without positive curvature (rounding, near the minimum) would make the approximation indefinite.
+        useful = accepted & (product > 1e-10 * _dot(change, change)) & (product > 0)
+        weight = (1 / product).where(useful, product.new_zeros(()))
+        self.pairs = [*self.pairs[-(MEMORY - 1) :], (step, change, weight)]
+
+    def direction(self, gradient: Tensor, inverse: _Preconditioner) -> Tensor:
+        """Minus the approximate inverse Hessian times the gradient (two-loop recursion)."""
+        q, used = gradient, []
+        for step, change, weight in reversed(self.pairs):
+            a = weight * _dot(step, q)
+            used.append(a)
+            q = q - a[:, None, None] * change
+        q = inverse.apply(q)
+        if self.pairs:
+            _, change, weight = self.pairs[-1]
+            size = weight * _dot(change, inverse.apply(change))
+            q = q * (1 / size).where(size > 0, size.new_ones(()))[:, None, None]
+        for (step, change, weight), a in zip(self.pairs, reversed(used), strict=True):
+            q = q + (a - weight * _dot(change, q))[:, None, None] * step
+        return -q
+
+
+def solve(fits: Fits, *, start: Tensor | None, tolerance: float, max_iterations: int) -> Solution:
+    """Minimise every fit's objective.
+
+    Args:
+        fits: the problems.
+        start: coefficients near the solution, (fits, classes, width + 1) in the eigenbasis; None starts from zero, on
+            prefixes of the rows if there are many.
+        tolerance: a fit stops when its estimated distance from the minimum is below this many nats per item; it then
+            takes one more step.
+        max_iterations: passes over all rows after which a fit is given up.
+    """
+    features, l2 = fits.features, fits.l2
+    n = features.n
+    if start is None:
+        start = l2.new_zeros(len(l2), fits.classes, features.width + 1)
+        for share, passes in PREFIXES:
+            rows = int(share * n)
+            if rows >= PREFIX_MINIMUM:
+                stronger = Fits(features, fits.labels, l2 + PREFIX_PENALTY * (1 / rows - 1 / n), fits.present)
+                start = _minimise(stronger, start, rows=rows, tolerance=tolerance, passes=passes).coefficients
+    return _minimise(fits, start, rows=n, tolerance=tolerance, passes=max_iterations)
+
+
+def _minimise(fits: Fits, start: Tensor, *, rows: int, tolerance: float, passes: int) -> Solution:
+    """L-BFGS on the first ``rows`` rows."""
+    import torch
+
+    solution = Solution(
+        start.clone(),
+        torch.full((len(start),), torch.inf, dtype=torch.float64, device=start.device),
+        torch.zeros(len(start), dtype=torch.int64, device=start.device),
+    )
+    active, history = torch.arange(len(start), device=start.device), _History()
+    place, point = start, fits.evaluate(start, rows)
+    refused = torch.zeros_like(active)
+    direction, slope, length = torch.zeros_like(start), torch.zeros_like(fits.l2), torch.ones_like(fits.l2)
+    for count in range(1, passes + 1):
+        inverse = _Preconditioner(fits, point.covariance)
+        gap = inverse.gap(point.gradient)
+        # A fit whose last step was refused tries a shorter one along the same line while the others go on.
+        again = refused > 0
+        direction = torch.where(again[:, None, None], direction, history.direction(point.gradient, inverse))
+        slope = _dot(point.gradient, direction)
+        length = torch.where(again, 0.25 * length, fits.step_length(point, direction, slope))
+        step = length[:, None, None] * direction
+
+        done = (gap < tolerance) | (refused > REFUSALS) if count < passes else torch.ones_like(again)
+        if bool(done.any()):
+            settled = torch.where((refused > 0)[:, None, None], place, place + step)
+            stopped = active[done]
+            solution.coefficients[stopped] = settled[done]
+            solution.gap[stopped], solution.passes[stopped] = gap[done], count
+            keep = (~done).nonzero().squeeze(1)
+            if not len(keep):
+                break
+            fits, point = fits.take(keep), point.take(keep)
+            history.take(keep)
+            active, place, refused, direction, slope, length, step = (
+                v[keep] for v in (active, place, refused, direction, slope, length, step)
+            )
+
+        trial = fits.evaluate(place + step, rows)
+        enough = point.value + 1e-4 * (length * slope).double() + 1e-7 * (1 + point.value)
+        accepted = trial.value <= enough
+        refused = torch.where(accepted, 0, refused + 1)
+        history.push(step, trial.gradient - point.gradient, accepted)
+        place = torch.where(accepted[:, None, None], place + step, place)
+        point = point.where(accepted, trial)
+    return solution
