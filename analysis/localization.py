@@ -244,8 +244,9 @@ def localization_test(
     else, and always when a level has too few usable tasks or when no data could have reached alpha.
 
     Tasks, not test items, are the units: a test over items finds differences between levels about half of the time
-    when tasks differ for no reason that has to do with their level. Both rules have been simulated: with shuffled
-    levels, noise curves and tasks of unequal strength "supported" comes up in at most alpha of the worlds; at a true
+    when tasks differ for no reason that has to do with their level. Both rules have been simulated: "supported" came
+    up in .04 of 1,000 worlds with shuffled levels, and in .06 where all levels emerge at one early depth but the late
+    ones gain five times less (the correction does not remove all bias of weak curves); at a true
     difference of exactly delta "refuted" comes up in about alpha of them for normal, uniform and heavy-tailed task
     depths. Both assume that tasks spread alike in all levels: where one level spreads twice as much as the others,
     "supported" rose to .07 without a difference in mean and "refuted" to .13 (that level having the fewest tasks).

@@ -82,6 +82,7 @@ def test_supported_is_rare_where_levels_mean_nothing(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", NULL_WORLDS)
 def test_supported_comes_up_in_at_most_five_percent_of_a_thousand_worlds(name):
     random = np.random.default_rng(2)
