@@ -13,6 +13,7 @@ _PUBLIC = {
     "LocalizationTest": "analysis.localization",
     "suggest_strata": "analysis.suggestion",
     "StrataSuggestion": "analysis.suggestion",
+    "interpret": "analysis.interpretation",
     "write_report": "analysis.report",
 }
 __all__ = sorted(_PUBLIC)

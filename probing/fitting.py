@@ -95,6 +95,7 @@ def fit_task(
     states: States,
     random_states: Mapping[int, States],
     usable: np.ndarray | None = None,
+    device: str = "cpu",
     progress: Callable[[float], None] | None = None,
 ) -> TaskFit:
     """Fit the linear probe for every hidden state, seed and control of one task.
@@ -106,6 +107,7 @@ def fit_task(
         states: reads the model's states.
         random_states: for each seed, reads the states of that seed's random-weight encoder (empty: no such control).
         usable: items whose states exist, shape (items,); others (cut off by the model's window) are left out.
+        device: torch device of the solver's products; one with float64.
         progress: called with the number of (hidden, seed, encoder) fits just finished.
 
     Raises:
@@ -147,8 +149,6 @@ def fit_task(
 
     def record(name: str, i: int, k: slice, fit: LinearProbeFit, m: int, x: np.ndarray, gold: np.ndarray) -> None:
         log_p = fit.log_probabilities(x, label_set=m)[:, 0]
-        # A class that this draw never saw has probability zero; it is given one item more than was seen.
-        log_p = np.maximum(log_p, -np.log(len(train) + 1.0), where=np.isneginf(log_p), out=log_p)
         into = results[name]
         into["labels"][i] = gold
         into["predictions"][i, k] = log_p.argmax(-1)
@@ -178,6 +178,7 @@ def fit_task(
                     np.stack([s[dev] for s in sets]),
                     n_classes=len(task.labels),
                     l2_grid=settings.l2,
+                    device=device,
                 )
                 if encoder == "random-encoder" or first:
                     i = seed_position

@@ -43,7 +43,9 @@ def write_part(
     """
     from safetensors.numpy import save_file
 
-    metadata = {"labels": json.dumps(list(labels)), "task": task, "schema_version": str(io.SCHEMA_VERSION)}
+    # One key only: safetensors writes several in random order, and equal results must give equal bytes.
+    content = {"schema_version": io.SCHEMA_VERSION, "task": task, "labels": list(labels)}
+    metadata = {"spafit": json.dumps(content, ensure_ascii=False)}
     contiguous = {k: np.ascontiguousarray(v) for k, v in sorted(weights.items())}
     item_file, probe_file, score_file = part_files(task)
     io.write_table(out / item_file.removesuffix(".parquet"), items, csv=False)

@@ -272,6 +272,7 @@ def _probe_one(
                         if (s, task.corpus.name) in stores
                     },
                     usable=usable,
+                    device="cpu" if plan.device.startswith("mps") else plan.device,
                     progress=progress,
                 )
             where = {

@@ -19,6 +19,11 @@ def means(results: ProbeResults, metric: str = "accuracy", control: str = "none"
     return table[(table["metric"] == metric) & (table["control"] == control)].sort_values("hidden")
 
 
+def emergence_of(results: ProbeResults) -> pd.Series:
+    table = results.summaries
+    return table[(table["metric"] == "bits") & (table["statistic"] == "emergence_cog")].iloc[0]
+
+
 @pytest.mark.parametrize("block", range(6))
 def test_information_planted_at_a_block_emerges_at_the_next_hidden_state(block):
     states, labels = planted_states(block)
@@ -26,7 +31,7 @@ def test_information_planted_at_a_block_emerges_at_the_next_hidden_state(block):
     accuracy = means(results)
     assert (accuracy["value"].to_numpy()[: block + 1] < 0.6).all()
     assert (accuracy["value"].to_numpy()[block + 1 :] > 0.9).all()
-    emergence = results.summaries.set_index("statistic").loc["emergence_cog"]
+    emergence = emergence_of(results)
     assert emergence["ci_low"] <= block + 1 <= emergence["ci_high"]
     assert emergence["ci_high"] - emergence["ci_low"] < 1.5
 
@@ -36,7 +41,7 @@ def test_labels_that_no_state_tells_stay_at_chance_with_no_bits_saved_and_no_eme
     results = probe_arrays(states, np.random.default_rng(9).permutation(labels), n_boot=400)
     assert means(results)["value"].between(0.4, 0.6).all()
     assert (means(results, "bits")["value"] < 0.02).all()
-    assert np.isnan(results.summaries.set_index("statistic").loc["emergence_cog", "value"])
+    assert np.isnan(emergence_of(results)["value"])
 
 
 def test_bits_saved_of_a_perfect_reading_are_the_label_entropy():

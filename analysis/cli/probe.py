@@ -233,11 +233,14 @@ def _print(results: ProbeResults, interpretation: Interpretation) -> None:
     typer.echo(f"Verdict: {interpretation.verdict['verdict']}. {interpretation.verdict['sentence']}\n")
     typer.echo("Strata:  " + interpretation.suggestion.explain() + "\n")
     typer.echo(interpretation.suggestion.config.describe() + "\n")
+    about: dict[str, list[str]] = {}
     for name, facts in results.run["tasks"].items():
         if facts["status"] == "failed":
             typer.echo(f"Failed:  {name}: {facts['error']}")
         for note in facts.get("notes", []):
-            typer.echo(f"Note:    {name}: {note}")
+            about.setdefault(note, []).append(name)
+    for note, names in about.items():
+        typer.echo(f"Note:    {', '.join(names) if len(names) < 5 else f'{len(names)} tasks'}: {note}")
     for note in results.run["warnings"]:
         typer.echo(f"Note:    {note}")
     typer.echo("Written:\n" + "\n".join(f"  {p}" for p in interpretation.paths))
