@@ -211,35 +211,35 @@ def _compute(
                     progress(_tokens(plan, shard))
                 continue
             try:
-                tensors, halvings = run(shard)
+                states, halvings = run(shard)
                 if pending is not None:
                     pending.result()
             except BaseException:
                 unclaim(held)
                 raise
-            pending = writer.submit(_write, plan, shard, tensors, halvings, held)
-            del tensors  # the writer holds it until it is written
+            pending = writer.submit(_write, plan, shard, states, halvings, held)
         if pending is not None:
             pending.result()
 
 
-def _write(
-    plan: ExtractionPlan, shard: int, tensors: dict[str, torch.Tensor], halvings: dict[int, int], held: Lock
-) -> None:
+def _write(plan: ExtractionPlan, shard: int, states: torch.Tensor, halvings: dict[int, int], held: Lock) -> None:
     try:
-        write_shard(plan.folder, shard, tensors, halvings=halvings)
+        write_shard(plan.layout, shard, states, halvings=halvings)
     finally:
         unclaim(held)
 
 
-Shard = tuple["dict[str, torch.Tensor]", dict[int, int]]
+Shard = tuple["torch.Tensor", dict[int, int]]
 
 
 @contextmanager
 def _runner(
     plan: ExtractionPlan, device: str, progress: Callable[[float], None] | None
 ) -> Iterator[Callable[[int], Shard]]:
-    """Within the block, the callable yielded computes one shard: its tensors, and halvings by batch number."""
+    """Within the block, the callable yielded computes one shard: its bytes, and halvings by batch number.
+
+    The bytes are valid until the call after next.
+    """
     import torch
 
     backbone = Backbone(plan.loaded, plan.stack, dtype=plan.layout.dtype, device=device)
@@ -249,6 +249,7 @@ def _runner(
     batch: Batch
     tensors: dict[str, torch.Tensor] = {}
     first_text = 0
+    memory = deque([torch.empty(0, dtype=torch.uint8) for _ in range(2)])
 
     def place(series: Series) -> slice:
         rows = batch.rows
@@ -269,9 +270,8 @@ def _runner(
                 segments = batch.words
             else:
                 segments = batch.own if series.pooling in ("mean", "max") else batch.whole
-            if len(segments):
-                target = tensors[series.key][series.hidden.index(hidden), place(series)]
-                target.copy_(pool(flat, segments, series.pooling))
+            target = tensors[series.key][series.hidden.index(hidden), place(series)]
+            pool(flat, segments, series.pooling, out=target)
 
     with backbone.reading(plan.sites, receive) as forward:
 
@@ -300,7 +300,12 @@ def _runner(
         def run(shard: int) -> Shard:
             nonlocal first_text, tensors
             rows = plan.shard_rows(shard)
-            first_text, tensors = rows[0][0], plan.layout.empty_shard(shard)
+            # Two pieces of memory take turns: one is being written while the next is filled.
+            memory.rotate()
+            if len(memory[0]) < plan.layout.shard_bytes(shard):
+                memory[0] = torch.empty(plan.layout.shard_bytes(shard), dtype=torch.uint8)
+            filled = memory[0][: plan.layout.shard_bytes(shard)]
+            first_text, tensors = rows[0][0], plan.layout.tensors(shard, filled)
             halvings = {}
             for number, batch_rows in enumerate(rows, int(plan.shard_batches[shard])):
                 if halved := run_rows(batch_rows):
@@ -308,8 +313,7 @@ def _runner(
                 if progress is not None:
                     offsets = plan.encoded.token_offsets
                     progress(int(offsets[batch_rows[1]] - offsets[batch_rows[0]]))
-            done, tensors = tensors, {}
-            return done, halvings
+            return filled, halvings
 
         yield run
 

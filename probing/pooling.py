@@ -24,14 +24,18 @@ class Segments:
     Attributes:
         tokens: row of each token in the flattened states, segment after segment, shape (tokens,).
         starts: where each segment begins in ``tokens``, shape (segments,).
-        lengths: tokens per segment, at least one, shape (segments,).
-        longest: the largest of ``lengths``.
+        counts: tokens per segment, at least one, as a column of floats, shape (segments, 1).
+        first: row of each segment's first token, shape (segments,).
+        last: row of each segment's last token, shape (segments,).
+        rounds: for j = 1, 2, …: which segments have a token j, and its row. None if some segment is long.
     """
 
     tokens: torch.Tensor
     starts: torch.Tensor
-    lengths: torch.Tensor
-    longest: int
+    counts: torch.Tensor
+    first: torch.Tensor
+    last: torch.Tensor
+    rounds: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None
 
     @classmethod
     def of(cls, tokens: np.ndarray, lengths: np.ndarray, *, device: str = "cpu") -> Segments:
@@ -40,47 +44,63 @@ class Segments:
 
         if len(lengths) and lengths.min() < 1:
             raise ValueError("a segment without tokens cannot be pooled")
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(lengths) else np.zeros(0)
-        as_tensor = lambda x: torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)).to(device)  # noqa: E731
+        starts = np.cumsum(lengths) - lengths
         longest = int(lengths.max()) if len(lengths) else 0
-        return cls(as_tensor(tokens), as_tensor(starts), as_tensor(lengths), longest)
+
+        def index(values: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(device)
+
+        rounds = None
+        if longest <= _SHORT:
+            having = [np.flatnonzero(lengths > j) for j in range(1, longest)]
+            rounds = tuple((index(i), index(tokens[starts[i] + j])) for j, i in enumerate(having, 1))
+        return cls(
+            tokens=index(tokens),
+            starts=index(starts),
+            counts=index(lengths).unsqueeze(1).float(),
+            first=index(tokens[starts]),
+            last=index(tokens[starts + lengths - 1]),
+            rounds=rounds,
+        )
 
     def __len__(self) -> int:
         return int(self.starts.shape[0])
 
 
-def pool(states: torch.Tensor, segments: Segments, how: str) -> torch.Tensor:
-    """Reduce each segment's token states to one.
+def pool(states: torch.Tensor, segments: Segments, how: str, *, out: torch.Tensor) -> None:
+    """Reduce each segment's token states to one, into ``out``.
 
     Rows that no segment names (padding, special tokens) are never read, so whatever stands there has no influence.
+    Means accumulate in float32 whatever the states' precision.
 
     Args:
         states: token states of a flattened batch, shape (rows, width).
         segments: which rows belong together.
         how: ``first``, ``last``, ``mean`` or ``max`` (element-wise).
-
-    Returns:
-        Shape (segments, width). Means are accumulated, and returned, in float32 at least.
+        out: where the result goes, shape (segments, width), on any device and in any floating type.
     """
     import torch
 
-    tokens, starts, lengths = segments.tokens, segments.starts, segments.lengths
-    if how == "first" or (segments.longest <= 1 and how in POOLINGS):
-        return states.index_select(0, tokens[starts])
-    if how == "last":
-        return states.index_select(0, tokens[starts + lengths - 1])
     if how not in POOLINGS:
         raise ValueError(f"pooling {how!r} is not one of {', '.join(POOLINGS)}")
+    if not len(segments):
+        return
     if how == "mean" and states.dtype in (torch.float16, torch.bfloat16):
         states = states.float()
-    if segments.longest > _SHORT:
-        return torch.nn.functional.embedding_bag(tokens, states, starts, mode=how)
-    pooled = states.index_select(0, tokens[starts])
-    for j in range(1, segments.longest):
-        having = (lengths > j).nonzero().squeeze(1)
-        more = states.index_select(0, tokens[starts[having] + j])
+    if how in ("mean", "max") and segments.rounds is None:
+        out.copy_(torch.nn.functional.embedding_bag(segments.tokens, states, segments.starts, mode=how))
+        return
+    # Straight into its place where that is possible: memory traffic is what pooling costs.
+    direct = out.dtype == states.dtype and out.device == states.device and out.is_contiguous()
+    pooled = out if direct else states.new_empty(out.shape)
+    torch.index_select(states, 0, segments.last if how == "last" else segments.first, out=pooled)
+    for having, rows in segments.rounds or () if how in ("mean", "max") else ():
+        more = states.index_select(0, rows)
         if how == "mean":
             pooled.index_add_(0, having, more)
         else:
             pooled.index_copy_(0, having, torch.maximum(pooled.index_select(0, having), more))
-    return pooled.div_(lengths.unsqueeze(1)) if how == "mean" else pooled
+    if how == "mean":
+        pooled.div_(segments.counts)
+    if not direct:
+        out.copy_(pooled)

@@ -26,6 +26,12 @@ def _naive(states: torch.Tensor, groups: list[list[int]], how: str) -> torch.Ten
     return torch.stack(rows)
 
 
+def _pool(states: torch.Tensor, groups: list[list[int]], how: str) -> torch.Tensor:
+    out = torch.full((len(groups), states.shape[1]), torch.nan)
+    pool(states, _segments(groups), how, out=out)
+    return out
+
+
 def _segments(groups: list[list[int]]) -> Segments:
     return Segments.of(np.array([i for g in groups for i in g]), np.array([len(g) for g in groups]))
 
@@ -45,8 +51,7 @@ def test_pooling_equals_a_naive_loop_and_never_reads_other_rows(how, longest, da
     for n in lengths:
         groups.append(picked[:n])
         picked = picked[n:]
-    pooled = pool(states, _segments(groups), how)
-    assert pooled.shape == (len(groups), 3)
+    pooled = _pool(states, groups, how)
     torch.testing.assert_close(pooled.double(), _naive(states, groups, how), rtol=1e-6, atol=1e-4)
 
 
@@ -56,8 +61,7 @@ def test_means_of_half_precision_states_accumulate_in_float32(dtype, lengths):
     # float16 sums would overflow at 65,504 and bfloat16 sums lose all but 8 bits.
     states = torch.full((sum(lengths), 2), 40000.0).to(dtype)
     groups = [list(range(lengths[0])), list(range(lengths[0], sum(lengths)))]
-    pooled = pool(states, _segments(groups), "mean")
-    assert pooled.dtype == torch.float32
+    pooled = _pool(states, groups, "mean")
     torch.testing.assert_close(pooled, states[:2].float(), rtol=1e-6, atol=0)
 
 
@@ -65,12 +69,26 @@ def test_means_of_half_precision_states_accumulate_in_float32(dtype, lengths):
 def test_pooling_leaves_the_states_as_they_were(how):
     states = torch.arange(12.0).reshape(6, 2)
     before = states.clone()
-    pool(states, _segments([[0, 1], [2], [3, 4, 5]]), how)
+    _pool(states, [[0, 1], [2], [3, 4, 5]], how)
     assert torch.equal(states, before)
 
 
-def test_no_segments_give_no_rows():
-    assert pool(torch.ones(4, 2), Segments.of(np.zeros(0), np.zeros(0)), "mean").shape == (0, 2)
+@pytest.mark.parametrize("how", POOLINGS)
+def test_the_result_lands_in_any_precision_and_in_rows_of_a_larger_table(how):
+    states = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    groups = [[0, 1], [2], [3, 4, 5]]
+    table = torch.zeros(5, 2)
+    pool(states, _segments(groups), how, out=table[1:4])
+    torch.testing.assert_close(table[1:4].double(), _naive(states, groups, how), rtol=1e-6, atol=1e-6)
+    assert not table[[0, 4]].any()
+    halves = torch.zeros(3, 2, dtype=torch.bfloat16)
+    pool(states, _segments(groups), how, out=halves)
+    assert torch.equal(halves, table[1:4].bfloat16())
+
+
+def test_no_segments_are_no_work():
+    empty = np.zeros(0, dtype=np.int64)
+    pool(torch.ones(4, 2), Segments.of(empty, empty), "mean", out=torch.zeros(0, 2))
 
 
 def test_a_segment_without_tokens_is_refused():
@@ -80,4 +98,4 @@ def test_a_segment_without_tokens_is_refused():
 
 def test_an_unknown_pooling_is_refused():
     with pytest.raises(ValueError, match="'median'"):
-        pool(torch.ones(4, 2), _segments([[0, 1]]), "median")
+        _pool(torch.ones(4, 2), [[0, 1]], "median")

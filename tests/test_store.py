@@ -35,11 +35,11 @@ def _store(folder: Path, dtype: str = "float32") -> tuple[ActivationStore, dict[
     generator = torch.Generator().manual_seed(0)
     whole: dict[str, list[torch.Tensor]] = {}
     for shard in range(2):
-        tensors = layout.empty_shard(shard)
-        for key, tensor in tensors.items():
+        memory = torch.empty(layout.shard_bytes(shard), dtype=torch.uint8)
+        for key, tensor in layout.tensors(shard, memory).items():
             tensor.copy_(1000 * torch.randn(tensor.shape, generator=generator))
             whole.setdefault(key, []).append(tensor)
-        write_shard(folder, shard, tensors, halvings={4: 1} if shard else {})
+        write_shard(layout, shard, memory, halvings={4: 1} if shard else {})
     rows = {"words": np.array([4, -1, 0, 2]), "sentences": np.array([2, 0])}
     store = ActivationStore(
         layout,
