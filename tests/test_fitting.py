@@ -73,7 +73,7 @@ def test_word_type_control_is_read_from_identity_and_selectivity_is_the_paired_d
     results = probe_arrays(states, labels, control=[f"t{t}" for t in types], n_boot=200)
     control = means(results, control="word-type")["value"].to_numpy()
     assert control[0] > 0.95  # every type is told apart, so its drawn label is too
-    assert control[1] < 0.65
+    assert control[1] < 0.8  # nothing to read: the majority of the drawn labels at best
     difference = means(results, control="difference:word-type")["value"].to_numpy()
     np.testing.assert_allclose(difference, means(results)["value"].to_numpy() - control, atol=1e-12)
 

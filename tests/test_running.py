@@ -65,7 +65,7 @@ def test_a_run_writes_its_folder_and_the_results_are_a_view_on_it(small_bert, tm
     assert set(results.scores["hidden"]) == {0, 1, 2, 3}
     assert (results.scores["block"] == results.scores["hidden"] - 1).all()
     assert {"encode", "fit probes", "total"} <= set(results.run["seconds"])
-    assert "made.plural" in results.to_markdown()
+    assert "plural" in results.to_markdown()
 
 
 def test_the_same_command_again_computes_nothing_and_gives_the_same_bytes(small_bert, tmp_path, cache, monkeypatch):
