@@ -13,9 +13,9 @@ from typing import Any
 import pandas as pd
 
 from probing.tasks.base import ITEM_COLUMNS, Corpus, Task, Text
-from probing.tasks.grammar import EVENTS, Plan, realize, shifted
+from probing.tasks.grammar import EVENTS, Plan, Sentence, realize, shifted
 from probing.tasks.lexicon import Part, vocabulary
-from probing.tasks.plans import Decks, Planner
+from probing.tasks.plans import Planner
 from probing.tasks.questions import QUESTIONS, Entry, Question
 from spafit.errors import UsageError
 from spafit.runtime import seed_sequence
@@ -48,16 +48,15 @@ def core_tasks(*, version: int = 1, seed: int = 0) -> tuple[Task, ...]:
     for split, size in SIZES.items():
         random = _random(seed, version, split)
         planner = Planner(vocabulary(_part(split)), random)
-        decks = Decks(random)
         for number, plan in enumerate(planner.plans(size)):
-            sentence = realize(plan)
-            while sentence.text().string in known:
+            sentence, text = _told(plan)
+            while text.string in known:
                 plan = planner.plan(plan.structure, plan.perfect == plan.main, plan.subject(plan.main).plural, plan.odd)
-                sentence = realize(plan)
-            entry = Entry(split, number, plan, sentence, len(texts), _parts(plan, decks))
+                sentence, text = _told(plan)
+            entry = Entry(split, number, plan, sentence, len(texts), _parts(plan))
             entries.append(entry)
-            texts.append(sentence.text(entry.parts))
-            known.add(texts[-1].string)
+            texts.append(text)
+            known.add(text.string)
             if number % 2:
                 while (text := shifted(sentence, random).text()).string in known:
                     pass
@@ -77,30 +76,25 @@ def _part(split: str) -> Part:
     return "unseen" if split == "unseen" else "seen"
 
 
-def _parts(plan: Plan, decks: Decks) -> tuple[str, ...]:
-    """Words whose states are kept: both verbs; both persons of a relative sentence, else one of the encounter's two."""
-    if plan.structure in ("right", "center"):
-        return (plan.first, plan.second, *EVENTS)
-    return (decks.draw((plan.structure, plan.voice), (plan.first, plan.second)), *EVENTS)
+def _parts(plan: Plan) -> tuple[str, ...]:
+    """Words whose states are kept: every noun and both verbs; see :class:`Entry` for their order."""
+    return (plan.first, plan.second, *(("maker",) if plan.maker else ()), "thing", *EVENTS)
+
+
+def _told(plan: Plan) -> tuple[Sentence, Text]:
+    sentence = realize(plan)
+    return sentence, sentence.text(_parts(plan))
 
 
 def _task(question: Question, corpus: Corpus, entries: list[Entry], swapped: dict[str, int], random: Random) -> Task:
-    rows: list[dict[str, Any]] = []
+    rows: list[tuple[Any, ...]] = []
 
     def add(entry: Entry, part: str, label: int, text: int) -> None:
-        rows.append(
-            {
-                "item": "-".join(filter(None, (entry.group, part, "swapped" if text != entry.text else ""))),
-                "text": text,
-                "span": entry.parts.index(part) if part else -1,
-                "label": label,
-                "split": entry.split,
-                "group": entry.group,
-                "control": entry.word(part or entry.plan.main).lower(),
-                "structure": entry.plan.structure,
-                "voice": entry.plan.voice,
-            }
-        )
+        item = f"{entry.group}-{part}" if part else entry.group if text == entry.text else f"{entry.group}-swapped"
+        span = entry.parts.index(part) if part else -1
+        control = entry.word(part or entry.plan.main).lower()
+        plan = entry.plan
+        rows.append((item, text, span, label, entry.split, entry.group, control, plan.structure, plan.voice))
 
     if question.items is None:
         for entry in entries:

@@ -5,8 +5,11 @@ A task's items are one word or the whole of each sentence, or two words with opp
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from random import Random
 
 from probing.tasks.base import Level, Unit
@@ -20,11 +23,18 @@ LENGTH_BINS = (10, 11, 12, 14)
 POSITION_BINS = (2, 4, 6, 8)
 #: Number of letters of the longest word in each class of ``core.word_length`` but the last.
 LETTER_BINS = (5, 6, 7)
+#: Number of words behind the word, at most, in each class of ``core.words_after`` but the last.
+AFTER_BINS = (4, 6)
+#: Indices (from 0) of the words that ``core.words_after`` asks about: all of its classes occur at each of them.
+AFTER_POSITIONS = range(3, 10)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A sentence of the corpus: split and number there, plan, words, its text's position, and the parts with spans."""
+    """A sentence of the corpus: split and number there, plan, words, its text's position, and the parts with spans.
+
+    The two persons come first among the parts, in the sentence's order, and the two verbs last.
+    """
 
     split: str
     number: int
@@ -33,14 +43,18 @@ class Entry:
     text: int
     parts: tuple[str, ...]
 
-    @property
+    @cached_property
     def group(self) -> str:
         """The sentence's id."""
         return f"{self.split}-{self.number:04d}"
 
     def word(self, part: str) -> str:
         """The word that plays ``part``."""
-        return self.sentence.tokens[self.sentence.position(part)][0]
+        return self.neighbour(part, 0)
+
+    def neighbour(self, part: str, step: int) -> str:
+        """The word ``step`` words after the one that plays ``part``; there must be one."""
+        return self.sentence.tokens[self.sentence.position(part) + step][0]
 
 
 #: One item before it becomes a row: the part that it points at (empty for the sentence) and its label.
@@ -55,10 +69,6 @@ def _adverbial(entries: list[Entry]) -> list[Entry]:
     return [e for e in entries if e.plan.structure in ("medial", "initial")]
 
 
-def _bin(value: int, bounds: tuple[int, ...]) -> int:
-    return sum(value > bound for bound in bounds)
-
-
 def _bin_names(bounds: tuple[int, ...], first: int) -> tuple[str, ...]:
     """Names of the classes of whole numbers that ``bounds`` cut: "3-4", "5", "6+"."""
     starts = (first, *(b + 1 for b in bounds))
@@ -68,7 +78,7 @@ def _bin_names(bounds: tuple[int, ...], first: int) -> tuple[str, ...]:
 
 def _length(entries: list[Entry], random: Random) -> Iterator[Item]:
     for e in entries:
-        yield e, "", _bin(len(e.sentence.words), LENGTH_BINS)
+        yield e, "", bisect_left(LENGTH_BINS, len(e.sentence.tokens))
 
 
 def _word_content(entries: list[Entry], random: Random) -> Iterator[Item]:
@@ -79,21 +89,82 @@ def _word_content(entries: list[Entry], random: Random) -> Iterator[Item]:
 
 
 def _word_length(entries: list[Entry], random: Random) -> Iterator[Item]:
-    yield from _spread(entries, random, lambda e, part: _bin(len(e.word(part)), LETTER_BINS))
+    yield from _spread(entries, random, lambda e, part: len(e.word(part)), LETTER_BINS)
 
 
 def _word_position(entries: list[Entry], random: Random) -> Iterator[Item]:
-    yield from _spread(entries, random, lambda e, part: _bin(e.sentence.position(part), POSITION_BINS))
+    yield from _spread(entries, random, lambda e, part: e.sentence.position(part), POSITION_BINS)
 
 
-def _spread(entries: list[Entry], random: Random, label: Callable[[Entry, str], int]) -> Iterator[Item]:
-    """One word per sentence: the one whose class has come least often in the split, so that classes are even."""
-    counts: dict[tuple[str, int], int] = {}
+def _words_after(entries: list[Entry], random: Random) -> Iterator[Item]:
+    def value(entry: Entry, part: str) -> int | None:
+        position = entry.sentence.position(part)
+        return len(entry.sentence.tokens) - 1 - position if position in AFTER_POSITIONS else None
+
+    yield from _spread(
+        entries, random, value, AFTER_BINS, even_within=lambda e, part: (e.sentence.position(part), part)
+    )
+
+
+def _spread(
+    entries: list[Entry],
+    random: Random,
+    value: Callable[[Entry, str], int | None],
+    bounds: tuple[int, ...],
+    even_within: Callable[[Entry, str], tuple[int | str, ...]] = lambda e, part: (),
+) -> Iterator[Item]:
+    """One word per sentence, of a class that lags behind, so that classes come out even in each split.
+
+    They come out about even, too, among the words with the same trait, for each of the traits in ``even_within``.
+    Words without a value are passed over.
+    """
+    counts: dict[tuple[str, int | str], list[int]] = defaultdict(lambda: [0] * (len(bounds) + 1))
     for e in entries:
-        options = [(counts.get((e.split, label(e, part)), 0), random.random(), part) for part in e.parts]
-        part = min(options)[2]
-        counts[e.split, label(e, part)] = min(options)[0] + 1
-        yield e, part, label(e, part)
+        options = []
+        for part in e.parts:
+            number = value(e, part)
+            if number is not None:
+                label = bisect_left(bounds, number)
+                tallies = [counts[e.split, trait] for trait in ("", *even_within(e, part))]
+                options.append((sum(t[label] - min(t) for t in tallies), random.random(), part, label, tallies))
+        *_, part, label, tallies = min(options)
+        for tally in tallies:
+            tally[label] += 1
+        yield e, part, label
+
+
+def _previous_word(entries: list[Entry], random: Random) -> Iterator[Item]:
+    # How much more often a position, or a part, has come with another word than with "the".
+    lead: Counter[tuple[str, int | str]] = Counter()
+    for e in entries:
+        # An adverbial sentence's subjects always have "the": asked of them, the function of the noun would tell.
+        passed_over = _subjects(e.plan) if e.plan.structure in ("medial", "initial") else ()
+        before, traits, ahead = {}, {}, {}
+        for part in e.parts:
+            position = e.sentence.position(part)
+            if position and part not in (*EVENTS, *passed_over):
+                before[part] = e.neighbour(part, -1).lower()
+                traits[part] = (e.split, position), (e.split, part)
+                ahead[part] = sum(lead[trait] for trait in traits[part])
+        others = [part for part, word in before.items() if word in ("no", "a", "an", "some")]
+        definite = [part for part, word in before.items() if word == "the"]
+        if others and definite:
+            other_noun, definite_noun = min(others, key=ahead.__getitem__), max(definite, key=ahead.__getitem__)
+            lead.update(traits[other_noun])
+            lead.subtract(traits[definite_noun])
+            yield e, other_noun, 0
+            yield e, definite_noun, 1
+
+
+def _subjects(plan: Plan) -> tuple[str, str]:
+    """The nouns that are the subjects of an adverbial sentence's encounter and handling."""
+    return plan.first, "thing" if plan.handling_passive else "maker"
+
+
+def _next_word(entries: list[Entry], random: Random) -> Iterator[Item]:
+    for e in _adverbial(entries):
+        for part in _subjects(e.plan):
+            yield e, part, int(e.neighbour(part, 1) == "had")
 
 
 def _subject_number(entries: list[Entry], random: Random) -> Iterator[Item]:
@@ -140,7 +211,7 @@ def _odd_thing(entries: list[Entry], random: Random) -> Iterator[Item]:
 def _agent(entries: list[Entry], random: Random) -> Iterator[Item]:
     decks = Decks(random)
     for e in entries:
-        part = decks.draw((e.split, e.plan.structure, e.plan.voice), e.parts[:2]) if len(e.parts) == 4 else e.parts[0]
+        part = decks.draw((e.split, e.plan.structure, e.plan.voice), e.parts[:2])
         yield e, part, int(part == "agent")
 
 
@@ -212,6 +283,33 @@ QUESTIONS = (
         _bin_names(POSITION_BINS, 1),
         _word_position,
         "Word (noun or verb): how many words stand before it, in bins. Surface: order without structure.",
+    ),
+    Question(
+        "words_after",
+        "surface",
+        "word",
+        _bin_names(AFTER_BINS, 0),
+        _words_after,
+        "Word (noun or verb) from the sentence's middle: how many words stand after it, in bins that are about even at "
+        "each position from the start. Surface: counting; but unlike the position it takes the rest of the sentence.",
+    ),
+    Question(
+        "previous_word",
+        "surface",
+        "word",
+        ("no, a or some", "the"),
+        _previous_word,
+        "Noun: whether 'the' stands right before it, or 'no', 'a' or 'some'; the sentence has a noun of either kind. "
+        "Surface: which string is next to the word, whatever it means.",
+    ),
+    Question(
+        "next_word",
+        "surface",
+        "word",
+        ("another word", "had"),
+        _next_word,
+        "Noun that is the subject of a clause: whether 'had' stands right after it; in each sentence it does after "
+        "one of two such nouns. Surface: which string is next to the word; the clause need not be understood.",
     ),
     Question(
         "bigram_shift",
