@@ -206,9 +206,8 @@ def _encoders(
     plan: ProbePlan, todo: Sequence[Task], *, shard: tuple[int, int] | None, progress: Callable[[float], None]
 ) -> Iterator[tuple[int | None, str, ActivationStore, float]]:
     """Extract every corpus with the model (seed None) and with each seed's random-weight encoder."""
-    from spafit.models import randomize_weights
-
     from probing.extraction import extract
+    from spafit.models import randomize_weights
 
     corpora = sorted({t.corpus.name for t in todo})
     seeds: list[int | None] = [None, *(plan.config.seeds if plan.encoders > 1 else ())]

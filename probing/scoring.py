@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from probing.fitting import ControlFits, ProbeSettings, TaskFit
-from probing.tasks.base import Task
+from probing.tasks.base import ITEM_COLUMNS, Task
 from spafit.stats import BootstrapDraw, interval
 
 METRICS = ("accuracy", "macro_f1", "bits")
@@ -118,60 +118,48 @@ def item_table(task: Task, fit: TaskFit, *, where: dict[str, str]) -> pd.DataFra
     Columns: item, group, text (the words shown), target (the word itself, or empty), split, label, stack, site, hidden,
     pooling, probe, control, seed, prediction, bits (bits saved on this item), and the task's metadata columns.
     """
-    from probing.tasks.base import ITEM_COLUMNS
-
     items = task.items.iloc[fit.test]
     texts = [task.corpus.texts[i] for i in items["text"]]
     shown = [t.string if t.second is None else f"{t.string} ⏐ {t.second}" for t in texts]
     target = [t.string[slice(*t.spans[s])] if s >= 0 else "" for t, s in zip(texts, items["span"], strict=True)]
-    fixed = {
+    fixed: dict[str, Any] = {
         "item": items["item"].astype(str),
         "group": items["group"].astype(str),
         "text": shown,
         "target": target,
         "split": items["split"],
-        **{c: items[c] for c in items.columns if c not in ITEM_COLUMNS},
     }
-    names = np.array(task.labels, dtype=object)
-    parts = []
+    reserved = {*fixed, *where, "label", "prediction", "hidden", "control", "seed", "bits"}
+    for column in items.columns:
+        if column not in ITEM_COLUMNS:  # metadata, never under a name that the table uses itself
+            fixed[f"data_{column}" if column in reserved else column] = items[column]
+    keys, labels, predictions, bits = [], [], [], []
     for control, fits in fit.controls.items():
         for i, seed in enumerate(fits.seeds):
             for k, hidden in enumerate(fit.hidden):
-                parts.append(
-                    {
-                        "hidden": hidden,
-                        "control": control,
-                        "seed": seed,
-                        "label": fits.labels[i],
-                        "prediction": fits.predictions[i, k],
-                        "bits": fits.bits[i, k],
-                    }
-                )
-    n = len(items)
-    table = pd.DataFrame(
-        {
-            **{
-                column: pd.Categorical.from_codes(np.tile(codes, len(parts)), categories=categories)
-                for column, (codes, categories) in ((c, _coded(v)) for c, v in fixed.items())
-            },
-            "label": pd.Categorical.from_codes(np.concatenate([p["label"] for p in parts]), categories=names),
-            "prediction": pd.Categorical.from_codes(np.concatenate([p["prediction"] for p in parts]), categories=names),
-            **{
-                column: pd.Categorical.from_codes(np.zeros(n * len(parts), dtype=np.int8), categories=[value])
-                for column, value in where.items()
-            },
-            "hidden": np.repeat(np.array([p["hidden"] for p in parts], dtype=np.int16), n),
-            "control": pd.Categorical(np.repeat([p["control"] for p in parts], n)),
-            "seed": np.repeat(np.array([p["seed"] for p in parts], dtype=np.int32), n),
-            "bits": np.concatenate([p["bits"] for p in parts]),
-        }
-    )
-    return table
+                keys.append((hidden, control, seed))
+                labels.append(fits.labels[i])
+                predictions.append(fits.predictions[i, k])
+                bits.append(fits.bits[i, k])
+    n, repeats = len(items), len(keys)
+    names = np.array(task.labels, dtype=object)
+    columns: dict[str, Any] = {}
+    for column, values in fixed.items():
+        codes, categories = pd.factorize(np.asarray(values, dtype=object))
+        columns[column] = _categorical(np.tile(codes, repeats), categories)
+    columns["label"] = _categorical(np.concatenate(labels), names)
+    columns["prediction"] = _categorical(np.concatenate(predictions), names)
+    for column, value in where.items():
+        columns[column] = _categorical(np.zeros(n * repeats, dtype=np.int8), [value])
+    columns["hidden"] = np.repeat(np.array([h for h, _, _ in keys], dtype=np.int16), n)
+    columns["control"] = pd.Categorical(np.repeat([c for _, c, _ in keys], n))
+    columns["seed"] = np.repeat(np.array([s for _, _, s in keys], dtype=np.int32), n)
+    columns["bits"] = np.concatenate(bits)
+    return pd.DataFrame(columns)
 
 
-def _coded(values: Any) -> tuple[np.ndarray, pd.Index]:
-    codes, categories = pd.factorize(np.asarray(values, dtype=object))
-    return codes, pd.Index(categories)
+def _categorical(codes: Any, categories: Any) -> Any:
+    return pd.Categorical.from_codes(codes, categories=pd.Index(categories))
 
 
 def _seed_counts(fit: TaskFit) -> set[int]:

@@ -18,7 +18,7 @@ from spafit.errors import OutputError
 SCHEMA_VERSION = 1
 
 
-def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary path)`` beside ``path`` and rename the result onto ``path``.
 
     A reader therefore sees the old file or the whole new one, never a part. The temporary file is removed on failure.
@@ -51,7 +51,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
-    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8") and None)
+    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -24,7 +24,7 @@ def _spafit_probe(*arguments: str, home: Path) -> float:
 
 
 def bare_forward_seconds() -> float:
-    """Seconds of the forward passes alone: the same texts, in length-sorted batches, with the model and each random encoder."""
+    """Seconds of the forward passes alone: the same texts and batches, with the model and each random encoder."""
     import torch
 
     from probing.config import ProbeConfig

@@ -27,7 +27,8 @@ def print_table(title: str, rows: Sequence[Row], *, notes: Sequence[str] = ()) -
     """Print a Markdown table; return 0 if every target is met and 1 otherwise."""
     print(f"\n### {title}\n\n| figure | measured | target | met | note |\n|---|---|---|---|---|")
     for row in rows:
-        print(f"| {row.name} | {row.value:.3g} | {row.relation} {row.target:.3g} | {'yes' if row.met else 'NO'} | {row.note} |")
+        met = "yes" if row.met else "NO"
+        print(f"| {row.name} | {row.value:.3g} | {row.relation} {row.target:.3g} | {met} | {row.note} |")
     for note in notes:
         print(f"\n{note}")
     return int(not all(row.met for row in rows))
