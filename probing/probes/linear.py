@@ -29,6 +29,8 @@ from spafit.runtime import generator
 if TYPE_CHECKING:
     import torch
 
+    from probing.probes.solver import Basis
+
 #: Penalties that are tried by default. On 40,000 words (UD EWT, MiniLM) the choice is the second, on sentence tasks of
 #: 2,000 items the third to the fifth; the last is chosen where the representation says next to nothing of the label.
 DEFAULT_L2 = (4e-4, 2e-3, 1.2e-2, 8e-2, 5e-1)
@@ -141,7 +143,8 @@ def fit_linear_probes(
         device: torch device for the products; one with float64.
         max_iterations: passes over all rows after which a fit is given up; ``converged`` is then False.
         tolerance: bits per item, see :data:`DEFAULT_TOLERANCE`.
-        warm_start: a fit of the same shape to start from.
+        warm_start: a fit to start from, such as that of another draw of the training items; of the same shape, but
+            it may hold fewer label sets: those after them start from zero.
 
     Raises:
         UsageError: shapes, labels or penalties that do not fit together.
@@ -149,11 +152,13 @@ def fit_linear_probes(
     """
     problem = _Problem(x, labels, n_classes, l2, device, max_iterations, tolerance)
     shape = (len(x), len(problem.labels), len(problem.l2))
-    if warm_start is not None and warm_start.weights.shape != (*shape, x.shape[2], n_classes):
-        raise UsageError(
-            f"warm_start holds weights of shape {warm_start.weights.shape}; this call needs "
-            f"{(*shape, x.shape[2], n_classes)}."
-        )
+    if warm_start is not None:
+        given = warm_start.weights.shape
+        if (given[0], *given[2:]) != (shape[0], shape[2], x.shape[2], n_classes) or given[1] > shape[1]:
+            raise UsageError(
+                f"warm_start holds weights of shape {given}; this call fits {(*shape, x.shape[2], n_classes)}, and "
+                "only the number of label sets may be smaller."
+            )
     sets, penalties = (i.ravel() for i in np.indices(shape[1:]))
     layers = []
     for b in range(len(x)):
@@ -328,8 +333,6 @@ class _Layer:
     def __init__(self, problem: _Problem, b: int):
         import torch
 
-        from probing.probes.solver import Features
-
         self.problem, self.b = problem, b
         mean, scale, constant = moments(problem.x[b], b)
         self.mean, self.scale, self.constant = mean, scale, torch.from_numpy(constant)
@@ -337,7 +340,8 @@ class _Layer:
         for part, values in standardised_rows(problem.x[b], mean, scale, b):
             # A column that holds rounding only must not be read: zero features get zero weights.
             rows[problem.place[part], :-1] = values.masked_fill_(self.constant, 0.0)
-        self.features = Features(rows.to(problem.device))
+        self.rows = rows.to(problem.device)
+        self.basis: Basis | None = None
 
     def fit(self, sets: np.ndarray, l2: np.ndarray, *, start: LinearProbeFit | None = None) -> _Fitted:
         """Fit label set ``sets[i]`` with penalty ``l2[i]`` for every i."""
@@ -348,22 +352,32 @@ class _Layer:
         for first in range(0, len(sets), size):
             part = slice(first, first + size)
             weights[part], bias[part], gap[part], iterations[part] = self._fit_together(
-                sets[part], l2[part], None if start is None else self._coefficients(start, part)
+                sets[part], l2[part], *self._start(start, sets[part], part)
             )
         return _Fitted(self.mean, self.scale, weights, bias, gap, iterations)
 
-    def _coefficients(self, start: LinearProbeFit, part: slice) -> torch.Tensor:
-        """Coefficients of an earlier fit, which may have been standardised differently, in this layer's eigenbasis."""
+    def _start(
+        self, earlier: LinearProbeFit | None, sets: np.ndarray, part: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Coefficients to start from, and for which fits they come from ``earlier`` (standardised in its own way)."""
         import torch
 
-        ratio = (self.scale / start.scale[self.b])[:, None]
-        shift = (self.mean - start.mean[self.b]) / start.scale[self.b]
-        weights = start.weights[self.b].reshape(-1, *start.weights.shape[3:])[part]
-        bias = start.bias[self.b].reshape(-1, start.bias.shape[3])[part] + np.einsum("d,fdk->fk", shift, weights)
-        both = np.concatenate([weights * ratio, bias[:, None]], 1).transpose(0, 2, 1)
-        return self.features.to_basis(torch.from_numpy(both.astype(np.float32)).to(self.problem.device))
+        start = torch.zeros(len(sets), self.problem.classes, self.problem.width + 1)
+        warm = torch.zeros(len(sets), dtype=torch.bool)
+        if earlier is not None:
+            ratio = (self.scale / earlier.scale[self.b])[:, None]
+            shift = (self.mean - earlier.mean[self.b]) / earlier.scale[self.b]
+            weights = earlier.weights[self.b].reshape(-1, self.problem.width, self.problem.classes)[part]
+            bias = earlier.bias[self.b].reshape(-1, self.problem.classes)[part]
+            bias = bias + np.einsum("d,fdk->fk", shift, weights)
+            both = np.concatenate([weights * ratio, bias[:, None]], 1).transpose(0, 2, 1)
+            warm[: len(both)] = True
+            start[: len(both)] = torch.from_numpy(both.astype(np.float32))
+        return start.to(self.problem.device), warm.to(self.problem.device)
 
-    def _fit_together(self, sets: np.ndarray, l2: np.ndarray, start: torch.Tensor | None) -> tuple[np.ndarray, ...]:
+    def _fit_together(
+        self, sets: np.ndarray, l2: np.ndarray, start: torch.Tensor, warm: torch.Tensor
+    ) -> tuple[np.ndarray, ...]:
         import torch
 
         from probing.probes.solver import Fits, solve
@@ -372,10 +386,11 @@ class _Layer:
         index = torch.from_numpy(sets).to(problem.device)
         present = torch.from_numpy(problem.present).to(problem.device)[index]
         penalties = torch.from_numpy(l2.astype(np.float32)).to(problem.device)
-        fits = Fits(self.features, problem.shuffled[index], penalties, present)
+        fits = Fits(self.rows, problem.shuffled, index, penalties, present, self.basis)
+        self.basis = fits.basis
         tolerance = problem.tolerance * _LN2
-        found = solve(fits, start=start, tolerance=tolerance, max_iterations=problem.max_iterations)
-        plain = self.features.from_basis(found.coefficients).masked_fill(~present[:, :, None], 0.0).cpu()
+        found = solve(fits, start=start, warm=warm, tolerance=tolerance, max_iterations=problem.max_iterations)
+        plain = found.coefficients.masked_fill(~present[:, :, None], 0.0).cpu()
         weights = plain[..., :-1].masked_fill(self.constant, 0.0).transpose(1, 2)
         gap = (found.gap / _LN2).cpu().numpy()
         if not (torch.isfinite(plain).all() and np.isfinite(gap).all()):

@@ -11,7 +11,7 @@ stopping point; fits that are done leave the batch. Few passes over the data are
 * the last step of a fit is taken without another pass to confirm it.
 
 Objectives are in nats per item here; callers convert to bits. Losses accumulate in float64, products run in float32.
-Coefficients are kept in the Gram matrix's eigenbasis, shape (fits, classes, width + 1) with the intercept last.
+Coefficients have shape (fits, classes, width + 1), the intercept last.
 """
 
 from __future__ import annotations
@@ -43,34 +43,42 @@ FULL_COVARIANCE = 128
 REFUSALS = 8
 
 
-class Features:
-    """Standardised features of one representation and the eigenbasis of their Gram matrix.
+class Basis:
+    """Eigenvectors and eigenvalues of a Gram matrix, one for all fits or one for each.
 
-    Args:
-        rows: float32, (n, width + 1), the last column one. Row order must be random: prefixes act as samples.
+    Attributes:
+        vectors: (1 or fits, width, width).
+        spectrum: (1 or fits, 1, width + 1), non-negative. The intercept is a direction of its own, with the second
+            moment of a feature that is always one.
     """
 
-    def __init__(self, rows: Tensor):
+    def __init__(self, vectors: Tensor, spectrum: Tensor):
+        self.vectors, self.spectrum = vectors, spectrum
+
+    @classmethod
+    def of(cls, rows: Tensor, weights: Tensor | None = None) -> Basis:
+        """Basis of rows (n, width), with weights (n,) of mean one."""
         import torch
 
-        self.rows = rows
-        self.n, self.width = rows.shape[0], rows.shape[1] - 1
-        sample = rows[: min(self.n, max(GRAM_ROWS, 4 * self.width)), :-1]
-        values, self.basis = torch.linalg.eigh((sample.T @ sample) / len(sample))
-        # The intercept is a direction of its own, with the second moment of a feature that is always one.
-        self.spectrum = torch.cat([values.clamp_min(0), values.new_ones(1)])
+        weighted = rows if weights is None else rows * weights[:, None]
+        values, vectors = torch.linalg.eigh((weighted.T @ rows) / len(rows))
+        return cls(vectors[None], torch.cat([values.clamp_min(0), values.new_ones(1)])[None, None])
 
-    def to_basis(self, v: Tensor) -> Tensor:
-        """Coefficients of the features -> coefficients in the eigenbasis."""
+    def take(self, index: Tensor) -> Basis:
+        """The bases of the fits at ``index``."""
+        return self if len(self.vectors) == 1 else Basis(self.vectors[index], self.spectrum[index])
+
+    def enter(self, v: Tensor) -> Tensor:
+        """Coefficients of the features, (fits, classes, width + 1) -> coefficients in the basis."""
         import torch
 
-        return torch.cat([v[..., :-1] @ self.basis, v[..., -1:]], -1)
+        return torch.cat([v[..., :-1] @ self.vectors, v[..., -1:]], -1)
 
-    def from_basis(self, v: Tensor) -> Tensor:
-        """Coefficients in the eigenbasis -> coefficients of the features."""
+    def leave(self, v: Tensor) -> Tensor:
+        """Coefficients in the basis -> coefficients of the features."""
         import torch
 
-        return torch.cat([v[..., :-1] @ self.basis.T, v[..., -1:]], -1)
+        return torch.cat([v[..., :-1] @ self.vectors.transpose(1, 2), v[..., -1:]], -1)
 
 
 @dataclass
@@ -78,7 +86,7 @@ class Solution:
     """Where the fits stopped.
 
     Attributes:
-        coefficients: (fits, classes, width + 1), in the eigenbasis.
+        coefficients: (fits, classes, width + 1), the intercept last.
         gap: estimate of the objective's distance from its minimum before the last step, nats per item, (fits,).
         passes: evaluations on all rows, (fits,).
     """
@@ -118,27 +126,63 @@ class Fits:
     """Problems on the same features: minimise mean log loss + l2/2 · ‖weights‖², the intercept unpenalised.
 
     Args:
-        features: the shared features.
-        labels: int64, (fits, n), in the row order of ``features``.
+        rows: float32, (n, width + 1), standardised features and a column of ones. The order of the rows must be random:
+            prefixes act as samples.
+        labels: int64, (label sets, n).
+        sets: int64, (fits,), the label set of each fit.
         l2: float32, (fits,).
         present: bool, (fits, classes); classes that do not take part get probability zero.
+        basis: for coefficients inside the solver; that of the rows' Gram matrix by default.
     """
 
-    def __init__(self, features: Features, labels: Tensor, l2: Tensor, present: Tensor):
+    def __init__(
+        self, rows: Tensor, labels: Tensor, sets: Tensor, l2: Tensor, present: Tensor, basis: Basis | None = None
+    ):
         import torch
 
-        self.features, self.labels, self.l2, self.present = features, labels, l2, present
-        self.classes = present.shape[1]
-        penalised = torch.ones(features.width + 1, dtype=l2.dtype, device=l2.device)
+        self.rows, self.all_labels, self.sets, self.l2, self.present = rows, labels, sets, l2, present
+        self.labels = labels[sets]
+        self.n, self.width, self.classes = rows.shape[0], rows.shape[1] - 1, present.shape[1]
+        self.basis = Basis.of(self.sample) if basis is None else basis
+        penalised = torch.ones(self.width + 1, dtype=l2.dtype, device=l2.device)
         penalised[-1] = 0
         self.penalty = l2[:, None, None] * penalised
         self.barred = None
         if not bool(present.all()):
             self.barred = torch.where(present, 0.0, -torch.inf).to(l2.dtype)[:, :, None]
 
+    @property
+    def sample(self) -> Tensor:
+        """The rows behind Gram matrices, without the column of ones."""
+        return self.rows[: max(GRAM_ROWS, 4 * self.width), :-1]
+
     def take(self, index: Tensor) -> Fits:
         """The problems at ``index``."""
-        return Fits(self.features, self.labels[index], self.l2[index], self.present[index])
+        return Fits(
+            self.rows, self.all_labels, self.sets[index], self.l2[index], self.present[index], self.basis.take(index)
+        )
+
+    def on_prefix(self, rows: int) -> Fits:
+        """The same problems, with the penalties that suit a prefix of so many rows."""
+        stronger = self.l2 + PREFIX_PENALTY * (1 / rows - 1 / self.n)
+        return Fits(self.rows, self.all_labels, self.sets, stronger, self.present, self.basis)
+
+    def refocused(self, coefficients: Tensor) -> Fits:
+        """The same problems in bases of Gram matrices that weight rows by how undecided a label set's fits are there.
+
+        Rows that are predicted with certainty have no curvature; where most are, the plain Gram matrix misleads.
+        """
+        import torch
+
+        p = torch.softmax(self.scores(coefficients, self.rows[: len(self.sample)]), 1)
+        doubt = 1 - p.square().sum(1)
+        bases = {}
+        for label_set in self.sets.unique().tolist():
+            weights = doubt[self.sets == label_set].mean(0)
+            bases[label_set] = Basis.of(self.sample, weights / weights.mean().clamp_min(1e-6))
+        own = [bases[label_set] for label_set in self.sets.tolist()]
+        basis = Basis(torch.cat([b.vectors for b in own]), torch.cat([b.spectrum for b in own]))
+        return Fits(self.rows, self.all_labels, self.sets, self.l2, self.present, basis)
 
     def scores(self, plain: Tensor, rows: Tensor) -> Tensor:
         """Logits, (fits, classes, rows), of coefficients outside the eigenbasis."""
@@ -149,7 +193,7 @@ class Fits:
         import torch
 
         fits, classes, width = coefficients.shape
-        plain = self.features.from_basis(coefficients)
+        plain = self.basis.leave(coefficients)
         loss = torch.zeros(fits, dtype=torch.float64, device=plain.device)
         gradient = torch.zeros_like(plain).view(fits * classes, width)
         minus_one = plain.new_full((1, 1, 1), -1.0)
@@ -158,7 +202,7 @@ class Fits:
         covariance: Tensor | float = 0.0
         step = max(256, BLOCK // (fits * classes))
         for start in range(0, n, step):
-            rows = self.features.rows[start : min(start + step, n)]
+            rows = self.rows[start : min(start + step, n)]
             labels = self.labels[:, None, start : start + len(rows)]
             scores = self.scores(plain, rows)
             if self.barred is not None:
@@ -177,7 +221,7 @@ class Fits:
             gradient.addmm_(scores.view(fits * classes, -1), rows)
         shrink = self.penalty * coefficients
         value = loss / n + 0.5 * (shrink * coefficients).sum((1, 2), dtype=torch.float64)
-        gradient = self.features.to_basis(gradient.view_as(coefficients)) / n + shrink
+        gradient = self.basis.enter(gradient.view_as(coefficients)) / n + shrink
         assert isinstance(covariance, torch.Tensor)
         return _Point(value, gradient, torch.cat(kept, 2), covariance)
 
@@ -188,12 +232,12 @@ class Fits:
         """
         import torch
 
-        rows = self.features.rows[: point.scores.shape[2]]
-        change = self.scores(self.features.from_basis(direction), rows)
+        rows = self.rows[: point.scores.shape[2]]
+        change = self.scores(self.basis.leave(direction), rows)
         before, after = torch.softmax(point.scores, 1), torch.softmax(point.scores + change, 1)
         curvature = ((after - before) * change).sum((1, 2)) / len(rows) + _dot(self.penalty * direction, direction)
         length = (-slope / curvature.clamp_min(1e-30)).clamp(0.1, 5.0)
-        return length if len(rows) == self.features.n else length.sqrt()
+        return length if len(rows) == self.n else length.sqrt()
 
 
 def _softmax_covariance(p: Tensor) -> Tensor:
@@ -217,7 +261,7 @@ class _Preconditioner:
             # Tiny matrices: their eigenvectors are cheaper on the host, in float64.
             eigenvalues, vectors = torch.linalg.eigh(covariance.double().cpu())
             values, self.vectors = eigenvalues.to(covariance), vectors.to(covariance)
-        self.spectrum, self.penalty = fits.features.spectrum, fits.penalty
+        self.spectrum, self.penalty = fits.basis.spectrum, fits.penalty
         self.values = values.clamp_min(0)[:, :, None]
 
     def _turn(self, v: Tensor) -> Tensor:
@@ -274,33 +318,37 @@ class _History:
         return -q
 
 
-def solve(fits: Fits, *, start: Tensor | None, tolerance: float, max_iterations: int) -> Solution:
+def solve(fits: Fits, *, start: Tensor, warm: Tensor, tolerance: float, max_iterations: int) -> Solution:
     """Minimise every fit's objective.
 
     Args:
         fits: the problems.
-        start: coefficients near the solution, (fits, classes, width + 1) in the eigenbasis; None starts from zero, on
-            prefixes of the rows if there are many.
+        start: coefficients to start from, (fits, classes, width + 1).
+        warm: bool, (fits,): whether ``start`` is near a fit's solution. The others begin on prefixes of the rows, if
+            there are many.
         tolerance: a fit stops when its estimated distance from the minimum is below this many nats per item; it then
             takes one more step.
         max_iterations: passes over all rows after which a fit is given up.
     """
-    features, l2 = fits.features, fits.l2
-    n = features.n
-    if start is None:
-        start = l2.new_zeros(len(l2), fits.classes, features.width + 1)
-        for share, passes in PREFIXES:
-            rows = int(share * n)
-            if rows >= PREFIX_MINIMUM:
-                stronger = Fits(features, fits.labels, l2 + PREFIX_PENALTY * (1 / rows - 1 / n), fits.present)
-                start = _minimise(stronger, start, rows=rows, tolerance=tolerance, passes=passes).coefficients
-    return _minimise(fits, start, rows=n, tolerance=tolerance, passes=max_iterations)
+    prefixes = [(int(share * fits.n), passes) for share, passes in PREFIXES if share * fits.n >= PREFIX_MINIMUM]
+    cold = (~warm).nonzero().squeeze(1)
+    if prefixes:
+        start = start.clone()
+        for rows, passes in prefixes if len(cold) else ():
+            stage = _minimise(
+                fits.take(cold).on_prefix(rows), start[cold], rows=rows, tolerance=tolerance, passes=passes
+            )
+            start[cold] = stage.coefficients
+        fits = fits.refocused(start)
+    return _minimise(fits, start, rows=fits.n, tolerance=tolerance, passes=max_iterations)
 
 
 def _minimise(fits: Fits, start: Tensor, *, rows: int, tolerance: float, passes: int) -> Solution:
-    """L-BFGS on the first ``rows`` rows."""
+    """L-BFGS on the first ``rows`` rows, in the eigenbasis from here on."""
     import torch
 
+    basis = fits.basis  # `fits` shrinks below
+    start = basis.enter(start)
     solution = Solution(
         start.clone(),
         torch.full((len(start),), torch.inf, dtype=torch.float64, device=start.device),
@@ -342,4 +390,5 @@ def _minimise(fits: Fits, start: Tensor, *, rows: int, tolerance: float, passes:
         history.push(step, trial.gradient - point.gradient, accepted)
         place = torch.where(accepted[:, None, None], place + step, place)
         point = point.where(accepted, trial)
+    solution.coefficients = basis.leave(solution.coefficients)
     return solution

@@ -47,7 +47,7 @@ def moments(x: np.ndarray | torch.Tensor, b: int) -> tuple[np.ndarray, np.ndarra
 
     total = torch.zeros(x.shape[1], dtype=torch.float64)
     for part, rows in _chunks(x):
-        if not bool(torch.isfinite(rows).all()):
+        if not bool(torch.isfinite(rows.sum(dtype=torch.float64))):
             bad = int((~torch.isfinite(rows).all(1)).nonzero()[0]) + part.start
             raise NumericalError(
                 f"Representation {b} of the training features holds NaN or infinite values (first in item {bad}). "
@@ -76,7 +76,7 @@ def standardised_rows(
 
     for part, rows in _chunks(x):
         standardised = (rows - torch.from_numpy(mean)) / torch.from_numpy(scale)
-        if not bool(torch.isfinite(standardised).all()):
+        if not bool(torch.isfinite(standardised.sum(dtype=torch.float64))):
             bad = int((~torch.isfinite(standardised).all(1)).nonzero()[0]) + part.start
             raise NumericalError(
                 f"Representation {b} holds NaN or infinite values (first in item {bad}). Extract in float32, or leave "
