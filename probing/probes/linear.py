@@ -22,14 +22,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probing.probes.standardise import moments, standardised_rows
+from probing.probes.standardise import chunks, moments, standardised_rows
 from spafit.errors import NumericalError, UsageError
 from spafit.runtime import generator
 
 if TYPE_CHECKING:
     import torch
-
-    from probing.probes.solver import Basis
 
 #: Penalties that are tried by default. On 40,000 words (UD EWT, MiniLM) the choice is the second, on sentence tasks of
 #: 2,000 items the third to the fifth; the last is chosen where the representation says next to nothing of the label.
@@ -333,15 +331,19 @@ class _Layer:
     def __init__(self, problem: _Problem, b: int):
         import torch
 
+        from probing.probes.solver import Gram
+
         self.problem, self.b = problem, b
-        mean, scale, constant = moments(problem.x[b], b)
-        self.mean, self.scale, self.constant = mean, scale, torch.from_numpy(constant)
+        self.mean, self.scale, constant = moments(problem.x[b], b)
+        self.constant = torch.from_numpy(constant)
+        # A column that holds rounding only must not be read: zero features get zero weights.
+        factor = (1 / torch.from_numpy(self.scale)).masked_fill_(self.constant, 0.0)
+        centre = torch.from_numpy(self.mean)
         rows = torch.ones(problem.n, problem.width + 1)
-        for part, values in standardised_rows(problem.x[b], mean, scale, b):
-            # A column that holds rounding only must not be read: zero features get zero weights.
-            rows[problem.place[part], :-1] = values.masked_fill_(self.constant, 0.0)
+        for part, values in chunks(problem.x[b]):
+            rows[problem.place[part], :-1] = (values - centre).mul_(factor)
         self.rows = rows.to(problem.device)
-        self.basis: Basis | None = None
+        self.gram = Gram(self.rows)
 
     def fit(self, sets: np.ndarray, l2: np.ndarray, *, start: LinearProbeFit | None = None) -> _Fitted:
         """Fit label set ``sets[i]`` with penalty ``l2[i]`` for every i."""
@@ -386,10 +388,11 @@ class _Layer:
         index = torch.from_numpy(sets).to(problem.device)
         present = torch.from_numpy(problem.present).to(problem.device)[index]
         penalties = torch.from_numpy(l2.astype(np.float32)).to(problem.device)
-        fits = Fits(self.rows, problem.shuffled, index, penalties, present, self.basis)
-        self.basis = fits.basis
+        fits = Fits(self.rows, problem.shuffled, index, penalties, present)
         tolerance = problem.tolerance * _LN2
-        found = solve(fits, start=start, warm=warm, tolerance=tolerance, max_iterations=problem.max_iterations)
+        found = solve(
+            fits, gram=self.gram, start=start, warm=warm, tolerance=tolerance, max_iterations=problem.max_iterations
+        )
         plain = found.coefficients.masked_fill(~present[:, :, None], 0.0).cpu()
         weights = plain[..., :-1].masked_fill(self.constant, 0.0).transpose(1, 2)
         gap = (found.gap / _LN2).cpu().numpy()

@@ -31,54 +31,26 @@ BLOCK = 2**18
 #: Rows that give the class covariance and the curvature along a step.
 PROBE_ROWS = 2048
 #: Shares of the rows, and passes over each, before all rows are used; prefixes below ``PREFIX_MINIMUM`` are skipped.
-PREFIXES = ((0.1, 6), (0.3, 6))
+PREFIXES = ((0.1, 6), (0.3, 4))
 PREFIX_MINIMUM = 3000
 #: Penalty added on a prefix of m of n rows, times (1/m - 1/n): fewer rows tie the coefficients down less.
 PREFIX_PENALTY = 30.0
 #: Rows behind the Gram matrix of the preconditioner, at least; four per feature where that is more.
 GRAM_ROWS = 8192
+#: Class blocks serve fits with at most this penalty; the rows drawn for each are this many per coefficient.
+BLOCK_L2 = 0.02
+BLOCK_SAMPLE = 4
+#: Mean curvature p(1 - p) of a class below which fewer rows are drawn.
+BLOCK_CURVATURE = 0.02
+#: Added to the blocks' diagonals beside the penalty.
+BLOCK_DAMPING = 2e-3
+#: Blocks are used where they cost at most so many passes over all rows, and hold at most so many numbers.
+BLOCK_PASSES = 4.0
+BLOCK_NUMBERS = 2**26
 #: Above this many classes the class covariance's diagonal stands for the whole of it.
 FULL_COVARIANCE = 128
 #: Shorter steps tried in a row before a fit is left where it is.
 REFUSALS = 8
-
-
-class Basis:
-    """Eigenvectors and eigenvalues of a Gram matrix, one for all fits or one for each.
-
-    Attributes:
-        vectors: (1 or fits, width, width).
-        spectrum: (1 or fits, 1, width + 1), non-negative. The intercept is a direction of its own, with the second
-            moment of a feature that is always one.
-    """
-
-    def __init__(self, vectors: Tensor, spectrum: Tensor):
-        self.vectors, self.spectrum = vectors, spectrum
-
-    @classmethod
-    def of(cls, rows: Tensor, weights: Tensor | None = None) -> Basis:
-        """Basis of rows (n, width), with weights (n,) of mean one."""
-        import torch
-
-        weighted = rows if weights is None else rows * weights[:, None]
-        values, vectors = torch.linalg.eigh((weighted.T @ rows) / len(rows))
-        return cls(vectors[None], torch.cat([values.clamp_min(0), values.new_ones(1)])[None, None])
-
-    def take(self, index: Tensor) -> Basis:
-        """The bases of the fits at ``index``."""
-        return self if len(self.vectors) == 1 else Basis(self.vectors[index], self.spectrum[index])
-
-    def enter(self, v: Tensor) -> Tensor:
-        """Coefficients of the features, (fits, classes, width + 1) -> coefficients in the basis."""
-        import torch
-
-        return torch.cat([v[..., :-1] @ self.vectors, v[..., -1:]], -1)
-
-    def leave(self, v: Tensor) -> Tensor:
-        """Coefficients in the basis -> coefficients of the features."""
-        import torch
-
-        return torch.cat([v[..., :-1] @ self.vectors.transpose(1, 2), v[..., -1:]], -1)
 
 
 @dataclass
@@ -132,18 +104,14 @@ class Fits:
         sets: int64, (fits,), the label set of each fit.
         l2: float32, (fits,).
         present: bool, (fits, classes); classes that do not take part get probability zero.
-        basis: for coefficients inside the solver; that of the rows' Gram matrix by default.
     """
 
-    def __init__(
-        self, rows: Tensor, labels: Tensor, sets: Tensor, l2: Tensor, present: Tensor, basis: Basis | None = None
-    ):
+    def __init__(self, rows: Tensor, labels: Tensor, sets: Tensor, l2: Tensor, present: Tensor):
         import torch
 
         self.rows, self.all_labels, self.sets, self.l2, self.present = rows, labels, sets, l2, present
         self.labels = labels[sets]
         self.n, self.width, self.classes = rows.shape[0], rows.shape[1] - 1, present.shape[1]
-        self.basis = Basis.of(self.sample) if basis is None else basis
         penalised = torch.ones(self.width + 1, dtype=l2.dtype, device=l2.device)
         penalised[-1] = 0
         self.penalty = l2[:, None, None] * penalised
@@ -151,52 +119,27 @@ class Fits:
         if not bool(present.all()):
             self.barred = torch.where(present, 0.0, -torch.inf).to(l2.dtype)[:, :, None]
 
-    @property
-    def sample(self) -> Tensor:
-        """The rows behind Gram matrices, without the column of ones."""
-        return self.rows[: max(GRAM_ROWS, 4 * self.width), :-1]
-
     def take(self, index: Tensor) -> Fits:
         """The problems at ``index``."""
-        return Fits(
-            self.rows, self.all_labels, self.sets[index], self.l2[index], self.present[index], self.basis.take(index)
-        )
+        return Fits(self.rows, self.all_labels, self.sets[index], self.l2[index], self.present[index])
 
     def on_prefix(self, rows: int) -> Fits:
         """The same problems, with the penalties that suit a prefix of so many rows."""
         stronger = self.l2 + PREFIX_PENALTY * (1 / rows - 1 / self.n)
-        return Fits(self.rows, self.all_labels, self.sets, stronger, self.present, self.basis)
+        return Fits(self.rows, self.all_labels, self.sets, stronger, self.present)
 
-    def refocused(self, coefficients: Tensor) -> Fits:
-        """The same problems in bases of Gram matrices that weight rows by how undecided a label set's fits are there.
-
-        Rows that are predicted with certainty have no curvature; where most are, the plain Gram matrix misleads.
-        """
-        import torch
-
-        p = torch.softmax(self.scores(coefficients, self.rows[: len(self.sample)]), 1)
-        doubt = 1 - p.square().sum(1)
-        bases = {}
-        for label_set in self.sets.unique().tolist():
-            weights = doubt[self.sets == label_set].mean(0)
-            bases[label_set] = Basis.of(self.sample, weights / weights.mean().clamp_min(1e-6))
-        own = [bases[label_set] for label_set in self.sets.tolist()]
-        basis = Basis(torch.cat([b.vectors for b in own]), torch.cat([b.spectrum for b in own]))
-        return Fits(self.rows, self.all_labels, self.sets, self.l2, self.present, basis)
-
-    def scores(self, plain: Tensor, rows: Tensor) -> Tensor:
-        """Logits, (fits, classes, rows), of coefficients outside the eigenbasis."""
-        return (plain.flatten(0, 1) @ rows.T).view(len(plain), self.classes, len(rows))
+    def scores(self, coefficients: Tensor, rows: Tensor) -> Tensor:
+        """Logits, (fits, classes, rows)."""
+        return (coefficients.flatten(0, 1) @ rows.T).view(len(coefficients), self.classes, len(rows))
 
     def evaluate(self, coefficients: Tensor, n: int) -> _Point:
         """Objective and gradient on the first ``n`` rows, in blocks of rows: one product forwards, one back."""
         import torch
 
         fits, classes, width = coefficients.shape
-        plain = self.basis.leave(coefficients)
-        loss = torch.zeros(fits, dtype=torch.float64, device=plain.device)
-        gradient = torch.zeros_like(plain).view(fits * classes, width)
-        minus_one = plain.new_full((1, 1, 1), -1.0)
+        loss = torch.zeros(fits, dtype=torch.float64, device=coefficients.device)
+        gradient = coefficients.new_zeros(fits * classes, width)
+        minus_one = coefficients.new_full((1, 1, 1), -1.0)
         probe_rows = min(n, PROBE_ROWS)
         kept: list[Tensor] = []
         covariance: Tensor | float = 0.0
@@ -204,7 +147,7 @@ class Fits:
         for start in range(0, n, step):
             rows = self.rows[start : min(start + step, n)]
             labels = self.labels[:, None, start : start + len(rows)]
-            scores = self.scores(plain, rows)
+            scores = self.scores(coefficients, rows)
             if self.barred is not None:
                 scores += self.barred
             probed = min(probe_rows - start, len(rows))
@@ -221,7 +164,7 @@ class Fits:
             gradient.addmm_(scores.view(fits * classes, -1), rows)
         shrink = self.penalty * coefficients
         value = loss / n + 0.5 * (shrink * coefficients).sum((1, 2), dtype=torch.float64)
-        gradient = self.basis.enter(gradient.view_as(coefficients)) / n + shrink
+        gradient = gradient.view_as(coefficients) / n + shrink
         assert isinstance(covariance, torch.Tensor)
         return _Point(value, gradient, torch.cat(kept, 2), covariance)
 
@@ -233,7 +176,7 @@ class Fits:
         import torch
 
         rows = self.rows[: point.scores.shape[2]]
-        change = self.scores(self.basis.leave(direction), rows)
+        change = self.scores(direction, rows)
         before, after = torch.softmax(point.scores, 1), torch.softmax(point.scores + change, 1)
         curvature = ((after - before) * change).sum((1, 2)) / len(rows) + _dot(self.penalty * direction, direction)
         length = (-slope / curvature.clamp_min(1e-30)).clamp(0.1, 5.0)
@@ -249,10 +192,100 @@ def _softmax_covariance(p: Tensor) -> Tensor:
     return torch.diag_embed(p.sum(2)) - p @ p.transpose(1, 2)
 
 
-class _Preconditioner:
-    """Kronecker approximation of the Hessian at one point."""
+class Gram:
+    """Eigenvectors (width, width) and eigenvalues (width + 1,) of the features' Gram matrix.
 
-    def __init__(self, fits: Fits, covariance: Tensor):
+    The intercept is a direction of its own, with the second moment of a feature that is always one.
+    """
+
+    def __init__(self, rows: Tensor):
+        import torch
+
+        sample = rows[: max(GRAM_ROWS, 4 * (rows.shape[1] - 1)), :-1]
+        values, self.vectors = torch.linalg.eigh((sample.T @ sample) / len(sample))
+        self.spectrum = torch.cat([values.clamp_min(0), values.new_ones(1)])
+
+    def enter(self, v: Tensor) -> Tensor:
+        """Coefficients of the features -> coefficients in the eigenbasis."""
+        import torch
+
+        return torch.cat([v[..., :-1] @ self.vectors, v[..., -1:]], -1)
+
+    def leave(self, v: Tensor) -> Tensor:
+        """Coefficients in the eigenbasis -> coefficients of the features."""
+        import torch
+
+        return torch.cat([v[..., :-1] @ self.vectors.T, v[..., -1:]], -1)
+
+
+class Blocks:
+    """Inverses of the Hessian's diagonal blocks, one per class, for the weakly penalised fits of each label set.
+
+    Each class has curvature p(1 - p) at its own rows, far from what the Gram matrix says where most rows are predicted
+    with certainty. The blocks of a label set are those of one of its fits, estimated from rows drawn with probability
+    proportional to that curvature (systematically, so without chance), and serve all its weakly penalised fits.
+
+    Attributes:
+        inverses: (label sets, classes, width + 1, width + 1).
+        which: (fits,), position in ``inverses``, or -1 for fits that do not use blocks.
+    """
+
+    def __init__(self, inverses: Tensor, which: Tensor):
+        self.inverses, self.which = inverses, which
+
+    @classmethod
+    def at(cls, fits: Fits, coefficients: Tensor) -> Blocks | None:
+        """Blocks at ``coefficients``, or None where they would cost more than they save."""
+        import torch
+
+        weak = fits.l2 <= BLOCK_L2
+        sets = fits.sets[weak].unique()
+        size = fits.width + 1
+        drawn = BLOCK_SAMPLE * size
+        passes = len(sets) * drawn * size / (2 * fits.n * max(1, int(weak.sum())))
+        if not len(sets) or passes > BLOCK_PASSES or len(sets) * fits.classes * size**2 > BLOCK_NUMBERS:
+            return None
+        rows = fits.rows[: max(GRAM_ROWS, 4 * drawn)]
+        inverses = coefficients.new_empty(len(sets), fits.classes, size, size)
+        which = torch.full_like(fits.sets, -1)
+        for i, label_set in enumerate(sets.tolist()):
+            members = (weak & (fits.sets == label_set)).nonzero().squeeze(1)
+            which[members] = i
+            level = fits.l2[members].log().mean()
+            chosen = members[(fits.l2[members].log() - level).abs().argmin()][None]
+            p = torch.softmax(fits.take(chosen).scores(coefficients[chosen], rows)[0], 0)
+            total = (p * (1 - p)).double().cumsum(1)
+            for k in range(fits.classes):
+                mean = float(total[k, -1]) / len(rows)
+                # The less curvature there is beside what is added, the fewer rows tell it well enough.
+                count = int(drawn * min(1.0, max(0.2, mean / BLOCK_CURVATURE)))
+                marks = (torch.arange(count, device=total.device, dtype=torch.float64) + 0.5) / count
+                sample = rows[torch.searchsorted(total[k], marks * total[k, -1]).clamp_max(len(rows) - 1)]
+                block = (sample.T @ sample) * (mean / count)
+                block.diagonal().add_(float(level.exp()) + BLOCK_DAMPING)
+                inverses[i, k] = torch.cholesky_inverse(torch.linalg.cholesky(block))
+        return cls(inverses, which)
+
+    def take(self, index: Tensor) -> Blocks:
+        """The blocks of the fits at ``index``."""
+        return Blocks(self.inverses, self.which[index])
+
+    def apply(self, v: Tensor, out: Tensor) -> Tensor:
+        """Replace ``out`` by the inverse blocks times ``v`` where fits use blocks."""
+        for i in range(len(self.inverses)):
+            members = (self.which == i).nonzero().squeeze(1)
+            if len(members):
+                # (classes, members, size): one product per class serves all fits of the label set.
+                moved = (v[members].transpose(0, 1) @ self.inverses[i]).transpose(0, 1)
+                # A shift that all classes share changes no probability.
+                out[members] = moved - moved.mean(1, keepdim=True)
+        return out
+
+
+class _Preconditioner:
+    """Approximate inverse Hessian at one point: class blocks where there are any, else a Kronecker product."""
+
+    def __init__(self, fits: Fits, covariance: Tensor, gram: Gram, blocks: Blocks | None):
         import torch
 
         self.vectors = None
@@ -261,24 +294,32 @@ class _Preconditioner:
             # Tiny matrices: their eigenvectors are cheaper on the host, in float64.
             eigenvalues, vectors = torch.linalg.eigh(covariance.double().cpu())
             values, self.vectors = eigenvalues.to(covariance), vectors.to(covariance)
-        self.spectrum, self.penalty = fits.basis.spectrum, fits.penalty
-        self.values = values.clamp_min(0)[:, :, None]
+        self.gram, self.blocks = gram, blocks
+        self.values, self.penalty = values.clamp_min(0)[:, :, None], fits.penalty
 
-    def _turn(self, v: Tensor) -> Tensor:
-        return v if self.vectors is None else self.vectors.transpose(1, 2) @ v
+    def _kronecker(self, v: Tensor, damping: float) -> Tensor:
+        v = self.gram.enter(v)
+        curvature = ((self.values + damping) * self.gram.spectrum + self.penalty).clamp_min(1e-12)
+        if self.vectors is None:
+            return self.gram.leave(v / curvature)
+        return self.gram.leave(self.vectors @ ((self.vectors.transpose(1, 2) @ v) / curvature))
 
     def apply(self, v: Tensor) -> Tensor:
         """Damped inverse times ``v``."""
-        turned = self._turn(v) / ((self.values + DAMPING) * self.spectrum + self.penalty)
-        return turned if self.vectors is None else self.vectors @ turned
+        out = self._kronecker(v, DAMPING)
+        return out if self.blocks is None else self.blocks.apply(v, out)
 
     def gap(self, gradient: Tensor) -> Tensor:
-        """Half the squared length of the gradient in the undamped inverse: distance from the minimum of a parabola."""
+        """Distance of the objective from its minimum if it were a parabola with this Hessian (undamped).
+
+        Blocks leave out how classes trade probability, which can halve the curvature: their estimate is doubled.
+        """
         import torch
 
-        turned = self._turn(gradient)
-        curvature = (self.values + 1e-4) * self.spectrum + self.penalty
-        return 0.5 * (turned * turned / curvature.clamp_min(1e-12)).sum((1, 2), dtype=torch.float64)
+        moved = self._kronecker(gradient, 1e-4)
+        if self.blocks is not None:
+            moved = self.blocks.apply(2 * gradient, moved)
+        return 0.5 * (gradient * moved).sum((1, 2), dtype=torch.float64)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -318,7 +359,7 @@ class _History:
         return -q
 
 
-def solve(fits: Fits, *, start: Tensor, warm: Tensor, tolerance: float, max_iterations: int) -> Solution:
+def solve(fits: Fits, *, start: Tensor, warm: Tensor, tolerance: float, max_iterations: int, gram: Gram) -> Solution:
     """Minimise every fit's objective.
 
     Args:
@@ -332,23 +373,23 @@ def solve(fits: Fits, *, start: Tensor, warm: Tensor, tolerance: float, max_iter
     """
     prefixes = [(int(share * fits.n), passes) for share, passes in PREFIXES if share * fits.n >= PREFIX_MINIMUM]
     cold = (~warm).nonzero().squeeze(1)
+    blocks = None
     if prefixes:
         start = start.clone()
         for rows, passes in prefixes if len(cold) else ():
-            stage = _minimise(
-                fits.take(cold).on_prefix(rows), start[cold], rows=rows, tolerance=tolerance, passes=passes
-            )
+            problems = fits.take(cold).on_prefix(rows)
+            stage = _minimise(problems, start[cold], gram, None, rows=rows, tolerance=tolerance, passes=passes)
             start[cold] = stage.coefficients
-        fits = fits.refocused(start)
-    return _minimise(fits, start, rows=fits.n, tolerance=tolerance, passes=max_iterations)
+        blocks = Blocks.at(fits, start)
+    return _minimise(fits, start, gram, blocks, rows=fits.n, tolerance=tolerance, passes=max_iterations)
 
 
-def _minimise(fits: Fits, start: Tensor, *, rows: int, tolerance: float, passes: int) -> Solution:
-    """L-BFGS on the first ``rows`` rows, in the eigenbasis from here on."""
+def _minimise(
+    fits: Fits, start: Tensor, gram: Gram, blocks: Blocks | None, *, rows: int, tolerance: float, passes: int
+) -> Solution:
+    """L-BFGS on the first ``rows`` rows, whatever their number."""
     import torch
 
-    basis = fits.basis  # `fits` shrinks below
-    start = basis.enter(start)
     solution = Solution(
         start.clone(),
         torch.full((len(start),), torch.inf, dtype=torch.float64, device=start.device),
@@ -359,7 +400,7 @@ def _minimise(fits: Fits, start: Tensor, *, rows: int, tolerance: float, passes:
     refused = torch.zeros_like(active)
     direction, slope, length = torch.zeros_like(start), torch.zeros_like(fits.l2), torch.ones_like(fits.l2)
     for count in range(1, passes + 1):
-        inverse = _Preconditioner(fits, point.covariance)
+        inverse = _Preconditioner(fits, point.covariance, gram, blocks)
         gap = inverse.gap(point.gradient)
         # A fit whose last step was refused tries a shorter one along the same line while the others go on.
         again = refused > 0
@@ -378,6 +419,7 @@ def _minimise(fits: Fits, start: Tensor, *, rows: int, tolerance: float, passes:
             if not len(keep):
                 break
             fits, point = fits.take(keep), point.take(keep)
+            blocks = None if blocks is None else blocks.take(keep)
             history.take(keep)
             active, place, refused, direction, slope, length, step = (
                 v[keep] for v in (active, place, refused, direction, slope, length, step)
@@ -390,5 +432,4 @@ def _minimise(fits: Fits, start: Tensor, *, rows: int, tolerance: float, passes:
         history.push(step, trial.gradient - point.gradient, accepted)
         place = torch.where(accepted[:, None, None], place + step, place)
         point = point.where(accepted, trial)
-    solution.coefficients = basis.leave(solution.coefficients)
     return solution

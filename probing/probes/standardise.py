@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 #: A standard deviation below this many float32 roundings of its column's mean counts as zero.
 CONSTANT = 8
-#: Rows in memory at a time.
-ROWS = 8192
+_EPS = float(np.finfo(np.float32).eps)
+#: Rows handled at a time: few enough for the processor's cache.
+ROWS = 1024
 
 
-def _chunks(x: np.ndarray | torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Float32 rows of one representation on the host, some at a time."""
+def chunks(x: np.ndarray | torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield slices of rows with those rows of ``x`` (n, width) as float32 on the host."""
     import torch
 
     for start in range(0, len(x), ROWS):
@@ -31,7 +32,7 @@ def _chunks(x: np.ndarray | torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]
 
 
 def moments(x: np.ndarray | torch.Tensor, b: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean and population standard deviation of every column, summed in float64.
+    """Mean and population standard deviation of every column.
 
     Args:
         x: (n, width), any float type.
@@ -41,27 +42,51 @@ def moments(x: np.ndarray | torch.Tensor, b: int) -> tuple[np.ndarray, np.ndarra
         Float32 mean (width,), float32 scale (width,) with 1 for columns that do not vary, and a mask of those columns.
 
     Raises:
-        NumericalError: NaN or infinite values.
+        NumericalError: NaN or infinite values, or a standard deviation beyond float32.
     """
     import torch
 
-    total = torch.zeros(x.shape[1], dtype=torch.float64)
-    for part, rows in _chunks(x):
-        if not bool(torch.isfinite(rows.sum(dtype=torch.float64))):
-            bad = int((~torch.isfinite(rows).all(1)).nonzero()[0]) + part.start
-            raise NumericalError(
-                f"Representation {b} of the training features holds NaN or infinite values (first in item {bad}). "
-                "Extract in float32, or leave those items out."
-            )
-        total += rows.sum(0, dtype=torch.float64)
-    mean = total / len(x)
-    squares = torch.zeros_like(total)
-    for _, rows in _chunks(x):
-        squares += (rows.double() - mean).square().sum(0)
-    deviation = (squares / len(x)).sqrt()
-    constant = deviation <= CONSTANT * torch.finfo(torch.float32).eps * mean.abs()
+    total = squares = torch.zeros(x.shape[1], dtype=torch.float64)
+    shift: torch.Tensor | None = None
+    for _, rows in chunks(x):
+        if shift is None:
+            # A constant column minus this is exactly zero, and any other loses little in the difference of squares.
+            shift = rows.double().mean(0).float()
+        moved = rows - shift
+        ones = moved.new_ones(1, len(moved))
+        total = total + (ones @ moved)[0].double()
+        squares = squares + (ones @ moved.square_())[0].double()
+    assert shift is not None
+    offset = total / len(x)
+    mean = shift.double() + offset
+    variance = squares / len(x) - offset.square()
+    # Very small or very large values (LayerNorm weights of 1e-31 exist) leave float32 when squared: float64 for those.
+    doubtful = ~(torch.isfinite(variance) & (variance > (CONSTANT * _EPS * mean).square()) & (squares > 1e-30))
+    if bool(doubtful.any()):
+        mean[doubtful], variance[doubtful] = _exact_moments(x, doubtful)
+    deviation = variance.sqrt()
+    if not bool(torch.isfinite(mean).all() & torch.isfinite(deviation).all() & (deviation < 1e38).all()):
+        raise NumericalError(
+            f"Representation {b} of the training features holds {_first_bad(x)}. Extract in float32, or leave those "
+            "items out."
+        )
+    constant = deviation <= (CONSTANT * _EPS * mean.abs()).clamp_min(1e-37)
     scale = deviation.masked_fill(constant, 1.0)
     return mean.float().numpy(), scale.float().numpy(), constant.numpy()
+
+
+def _exact_moments(x: np.ndarray | torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of some columns in float64, in two passes."""
+    import torch
+
+    mean = torch.zeros(int(columns.sum()), dtype=torch.float64)
+    for _, rows in chunks(x):
+        mean += rows[:, columns].double().sum(0)
+    mean /= len(x)
+    variance = torch.zeros_like(mean)
+    for _, rows in chunks(x):
+        variance += (rows[:, columns].double() - mean).square().sum(0)
+    return mean, variance / len(x)
 
 
 def standardised_rows(
@@ -74,12 +99,21 @@ def standardised_rows(
     """
     import torch
 
-    for part, rows in _chunks(x):
-        standardised = (rows - torch.from_numpy(mean)) / torch.from_numpy(scale)
-        if not bool(torch.isfinite(standardised.sum(dtype=torch.float64))):
-            bad = int((~torch.isfinite(standardised).all(1)).nonzero()[0]) + part.start
+    centre, factor = torch.from_numpy(mean), 1 / torch.from_numpy(scale)
+    for part, rows in chunks(x):
+        standardised = (rows - centre).mul_(factor)
+        if not bool(torch.isfinite(standardised.sum())):
             raise NumericalError(
-                f"Representation {b} holds NaN or infinite values (first in item {bad}). Extract in float32, or leave "
-                "those items out."
+                f"Representation {b} holds {_first_bad(x)}. Extract in float32, or leave those items out."
             )
         yield part, standardised
+
+
+def _first_bad(x: np.ndarray | torch.Tensor) -> str:
+    import torch
+
+    for part, rows in chunks(x):
+        bad = (~torch.isfinite(rows).all(1)).nonzero()
+        if len(bad):
+            return f"NaN or infinite values (first in item {int(bad[0]) + part.start})"
+    return "values too large for float32 arithmetic"
