@@ -10,7 +10,7 @@ from typing import Any
 from analysis.localization import LocalizationTest, localization_test
 from analysis.suggestion import StrataSuggestion, suggest_strata
 from probing.results import ProbeResults
-from spafit import io
+from spafit import __version__, io
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,12 @@ class Interpretation:
         return io.plain(content)
 
 
-def interpret(results: ProbeResults) -> Interpretation:
+def interpret(results: ProbeResults, *, rewrite: bool = False) -> Interpretation:
     """Test the hypothesis, suggest strata, and write verdict.json, strata.yaml, figures and the report page.
 
     Works from the run's files alone. With a random-weight encoder in the run, each curve is the task's bits minus that
-    encoder's at the same hidden state; without one, the raw bits, and the verdict says so.
+    encoder's at the same hidden state; without one, the raw bits, and the verdict says so. Figures and page are
+    drawn again only if what they show has changed, or with ``rewrite``.
     """
     from analysis.report import write_report
 
@@ -65,12 +66,30 @@ def interpret(results: ProbeResults) -> Interpretation:
         model_id=model["name"],
         bias_roles=tuple(model["bias_roles"]),
     )
-    assert results.folder is not None
+    folder = results.folder
+    assert folder is not None
     verdict = localization.to_dict()
-    io.write_json(results.folder / "verdict.json", verdict)
-    suggestion.config.save(results.folder / "strata.yaml")
+    io.write_json(folder / "verdict.json", verdict)
+    suggestion.config.save(folder / "strata.yaml")
+    written = folder / "figures" / "written.json"
+    sources = _sources(results, verdict)
+    if not rewrite and written.exists() and io.read_json(written)["sources"] == sources:
+        paths = tuple(folder / p for p in io.read_json(written)["paths"])
+        if all(p.exists() for p in paths):
+            return Interpretation(results, localization, suggestion, (*paths, folder / "strata.yaml"))
     paths = write_report(results, verdict=verdict, suggestion=suggestion)
-    return Interpretation(results, localization, suggestion, (*paths, results.folder / "strata.yaml"))
+    content = {"sources": sources, "paths": [p.relative_to(folder).as_posix() for p in paths]}
+    io.write_json(written, content)
+    return Interpretation(results, localization, suggestion, (*paths, folder / "strata.yaml"))
+
+
+def _sources(results: ProbeResults, verdict: dict[str, Any]) -> str:
+    """Digest of what the report shows, so that drawing it again can be left out when nothing changed."""
+    folder = results.folder
+    assert folder is not None
+    tables = [io.file_digest(folder / f"{name}.parquet") for name in ("scores", "summaries")]
+    tasks = {name: {k: v for k, v in facts.items() if k != "seconds"} for name, facts in results.run["tasks"].items()}
+    return io.content_digest([__version__, *tables, verdict, tasks, results.run["model"], results.run["warnings"]])
 
 
 def compare_models(results: Sequence[ProbeResults]) -> Path:

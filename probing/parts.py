@@ -13,9 +13,14 @@ import pandas as pd
 from spafit import io
 
 
-def part_files(task: str) -> tuple[str, str, str]:
-    """Paths, relative to the run's folder, of one task's items, probes and score rows."""
-    return f"items/{task}.parquet", f"probes/{task}.safetensors", f"parts/{task}.parquet"
+def part_files(task: str) -> tuple[str, str, str, str]:
+    """Paths, relative to the run's folder, of one task's items, probes, score rows and summaries."""
+    return (
+        f"items/{task}.parquet",
+        f"probes/{task}.safetensors",
+        f"parts/{task}.parquet",
+        f"parts/{task}.summaries.parquet",
+    )
 
 
 def write_part(
@@ -25,6 +30,7 @@ def write_part(
     key: str,
     labels: Sequence[str],
     scores: pd.DataFrame,
+    summaries: pd.DataFrame,
     items: pd.DataFrame,
     weights: Mapping[str, np.ndarray],
     notes: Sequence[str],
@@ -37,6 +43,7 @@ def write_part(
         key: digest of everything that the numbers depend on.
         labels: class names, kept with the probes.
         scores: rows as :func:`probing.scoring.score_table` gives them.
+        summaries: rows as :func:`probing.results.summary_table` gives them.
         items: rows as :func:`probing.scoring.item_table` gives them.
         weights: fitted probes, ``<site>/<pooling>/<control>/<seed>/<hidden>/<weight|bias|mean|scale>``.
         notes: what was left out or cut.
@@ -47,10 +54,11 @@ def write_part(
     content = {"schema_version": io.SCHEMA_VERSION, "task": task, "labels": list(labels)}
     metadata = {"spafit": json.dumps(content, ensure_ascii=False)}
     contiguous = {k: np.ascontiguousarray(v) for k, v in sorted(weights.items())}
-    item_file, probe_file, score_file = part_files(task)
+    item_file, probe_file, score_file, summary_file = part_files(task)
     io.write_table(out / item_file.removesuffix(".parquet"), items, csv=False)
     io.atomic_write(out / probe_file, lambda p: save_file(contiguous, p, metadata=metadata))
     io.write_table(out / score_file.removesuffix(".parquet"), scores, csv=False)
+    io.write_table(out / summary_file.removesuffix(".parquet"), summaries, csv=False)
     files = {f: io.file_digest(out / f) for f in part_files(task)}
     io.write_json(out / "parts" / f"{task}.json", {"key": key, "files": files, "notes": list(notes)})
 
@@ -63,11 +71,12 @@ def is_finished(out: Path, task: str, key: str) -> bool:
     return all((out / f).is_file() and io.file_digest(out / f) == part["files"].get(f) for f in part_files(task))
 
 
-def read_part(out: Path, task: str) -> tuple[pd.DataFrame, list[str]]:
-    """Score rows and notes of a finished task."""
+def read_part(out: Path, task: str) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Score rows, summaries and notes of a finished task."""
     part = _read(out, task)
     assert part is not None
-    return io.read_table(out / part_files(task)[2].removesuffix(".parquet")), list(part["notes"])
+    scores, summaries = (io.read_table(out / f.removesuffix(".parquet")) for f in part_files(task)[2:])
+    return scores, summaries, list(part["notes"])
 
 
 def _read(out: Path, task: str) -> dict[str, Any] | None:

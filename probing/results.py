@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -119,10 +119,9 @@ class ProbeResults:
         items = self.items(task)
         split = split or self.primary_split(task)
         wanted = {"stack": stack, "site": site, "pooling": pooling, "probe": probe}
-        keep = items["split"] == split
+        keep = (items["split"] == split).to_numpy()
         for column, value in wanted.items():
-            present = items[column].astype(str)
-            keep &= present == (value if value is not None else present.iloc[0])
+            keep = keep & (items[column] == (value if value is not None else items[column].iloc[0])).to_numpy()
         items = items[keep]
         own = _values(items, "none", metric)
         has_control = adjusted_by is not None and (items["control"] == adjusted_by).any()
@@ -130,7 +129,7 @@ class ProbeResults:
         values = own if other is None else own - other
         first = items[(items["control"] == "none") & (items["seed"] == items["seed"].iloc[0])]
         hidden = np.sort(first["hidden"].unique())
-        groups = first.loc[first["hidden"] == hidden[0], "group"].astype(str).to_numpy()
+        groups = first.loc[first["hidden"] == hidden[0], "group"].to_numpy().astype(str)
         draw = BootstrapDraw.make(groups, n_seeds=len(values), n_boot=n_boot, seed=0)
         level = self.scores.loc[self.scores["task"] == task, "level"].iloc[0]
         return LayerCurve(
@@ -185,6 +184,7 @@ def summary_table(results: ProbeResults, task: str) -> pd.DataFrame:
     """
     from probing.summaries import summarize_curve
 
+    results = replace(results, item_tables={task: results.items(task)})  # read once for all curves
     scores = results.scores[results.scores["task"] == task]
     controls = set(scores["control"])
     wanted: list[tuple[Literal["bits", "accuracy"], str]] = [("accuracy", "none"), ("bits", "none")]
@@ -225,4 +225,5 @@ def _values(items: pd.DataFrame, control: str, metric: str) -> np.ndarray:
     shape = (part["seed"].nunique(), part["hidden"].nunique(), -1)
     if metric == "bits":
         return part["bits"].to_numpy(np.float64).reshape(shape)
-    return (part["prediction"].astype(str) == part["label"].astype(str)).to_numpy(np.float64).reshape(shape)
+    right = part["prediction"].to_numpy(object) == part["label"].to_numpy(object)
+    return right.astype(np.float64).reshape(shape)

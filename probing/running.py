@@ -284,14 +284,19 @@ def _probe_one(
                 scores.append(score_table(task, fit, plan.settings, where=where))
                 items.append(item_table(task, fit, where=where))
             weights.update({f"{site}/{pooling}/{k}": v for k, v in fit.weights.items()})
+    score_rows, item_rows = pd.concat(scores, ignore_index=True), pd.concat(items, ignore_index=True)
+    with timed(seconds, "summarize"):
+        view = ProbeResults({}, score_rows, pd.DataFrame(), None, {task.name: item_rows})
+        summaries = summary_table(view, task.name)
     with timed(seconds, "write tables"):
         write_part(
             plan.out,
             task.name,
             key=plan.task_key(task),
             labels=task.labels,
-            scores=pd.concat(scores),
-            items=pd.concat(items),
+            scores=score_rows,
+            summaries=summaries,
+            items=item_rows,
             weights=weights,
             notes=notes,
         )
@@ -304,16 +309,14 @@ def _collect(plan: ProbePlan, run: dict[str, Any], status: dict[str, dict[str, A
     for task in plan.tasks:
         if status[task.name]["status"] != "done":
             continue
-        part, notes = read_part(plan.out, task.name)
+        part, summary, notes = read_part(plan.out, task.name)
         parts.append(part)
+        summaries.append(summary)
         status[task.name]["notes"] = [*task.notes, *notes]
     if not parts:
         return None
     scores = pd.concat(parts, ignore_index=True)[list(SCORE_COLUMNS)]
-    results = ProbeResults(run, scores, pd.DataFrame(), plan.out)
-    for task_name in results.tasks:
-        summaries.append(summary_table(results, task_name))
-    return replace(results, summaries=pd.concat(summaries, ignore_index=True))
+    return ProbeResults(run, scores, pd.concat(summaries, ignore_index=True), plan.out)
 
 
 def _reference(model: Any) -> str:

@@ -18,5 +18,5 @@ def report(
     from analysis.interpretation import interpret
     from probing.results import ProbeResults
 
-    for path in interpret(ProbeResults.load(run)).paths:
+    for path in interpret(ProbeResults.load(run), rewrite=True).paths:
         typer.echo(path)
