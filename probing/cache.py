@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from probing.store import data_path, manifest_path, shard_state
-from spafit.errors import StoreError, UsageError
+from spafit.errors import OutputError, StoreError, UsageError
 from spafit.io import read_json, write_json
 
 try:
@@ -166,8 +166,11 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     path = folder / "store.json"
     if path.exists():
         os.utime(path)
-    else:
+        return
+    try:
         write_json(path, facts)
+    except OutputError as error:
+        raise StoreError(f"The activation cache could not be written: {error}") from error
 
 
 def entries(cache_dir: Path | None = None) -> list[CacheEntry]:

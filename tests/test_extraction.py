@@ -6,11 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import probing.batching
 from probing.extraction import extract, plan_extraction, seconds_per_token
@@ -333,6 +336,30 @@ def test_the_plan_knows_the_bytes_before_any_pass(tmp_path):
     assert len(plan.encoded_batches()) == plan.batches
     assert all(b["input_ids"].numel() <= 64 for b in plan.encoded_batches())
     assert 0 < seconds_per_token(loaded) < 1
+
+
+@given(data=st.data())
+def test_batches_and_shards_cover_every_text_once_within_their_budgets(data):
+    lengths = np.array(sorted(data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=60)), reverse=True))
+    sizes = np.full(len(lengths), 100)
+    budget = data.draw(st.integers(1, 200))
+    edges = probing.batching._fill_batches(lengths, sizes, budget)
+    assert edges[0] == 0
+    assert edges[-1] == len(lengths)
+    assert (np.diff(edges) > 0).all()
+    for a, b in pairwise(edges):
+        assert b == a + 1 or (b - a) * lengths[a] <= budget
+    counts = np.add.reduceat(lengths, edges[:-1])
+    shards = probing.batching._fill_shards(counts, 100 * np.diff(edges))
+    assert shards[0] == 0
+    assert shards[-1] == len(edges) - 1
+    assert (np.diff(shards) > 0).all()
+
+
+def test_sorting_by_length_leaves_little_padding(tmp_path):
+    loaded, texts = tiny_loaded(), some_texts(400, longest=20)
+    plan = plan_extraction(loaded, texts, batch_tokens=256, cache_dir=tmp_path)
+    assert plan.padded_tokens < 1.05 * plan.tokens
 
 
 def test_pooled_states_of_one_batch_stay_below_a_bound(tmp_path, monkeypatch):
