@@ -98,18 +98,21 @@ def by_segmentation(
 
 
 def by_holding(
-    curves: Sequence[LayerCurve], draws: np.ndarray, *, share: float, basic_levels: Sequence[str]
+    curves: Sequence[LayerCurve], draws: np.ndarray, *, num_blocks: int, share: float, basic_levels: Sequence[str]
 ) -> BoundaryEstimate | str:
     """Boundaries by the holding rule; or the reason why it gives none.
 
     Args:
         curves: one per task.
         draws: from :func:`bootstrap_curves`, shape (draws, tasks, hidden).
+        num_blocks: L; every hidden state from 0 to L is needed.
         share: q.
         basic_levels: levels that place s1; the others place s2.
     """
     if not curves:
         return "there is no usable curve"
+    if not np.array_equal(curves[0].hidden, np.arange(num_blocks + 1)):
+        return f"it needs every hidden state from 0 to {num_blocks}, and some were not probed"
     basic = np.array([c.level in basic_levels for c in curves], dtype=bool)
     values = np.stack([c.values for c in curves])
     for words, own in ((f"the basic levels ({', '.join(basic_levels)})", basic), ("the other levels", ~basic)):

@@ -56,9 +56,9 @@ def interpret(results: ProbeResults, *, rewrite: bool = False) -> Interpretation
     """
     from analysis.report import write_report
 
-    curves = results.curves(adjusted_by="random-encoder")
     model = results.run["model"]
-    localization = localization_test(curves)
+    curves = results.curves(adjusted_by="random-encoder")
+    localization = localization_test(curves, num_blocks=model["blocks"])
     suggestion = suggest_strata(
         curves,
         num_blocks=model["blocks"],

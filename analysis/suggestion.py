@@ -232,7 +232,7 @@ def suggest_strata(
     draws = bootstrap_curves(used, n_boot=n_boot, seed=seed)
     tested = by_segmentation(used, draws, num_blocks=num_blocks)
     null_test, segments = (None, None) if isinstance(tested, str) else tested
-    held = by_holding(used, draws, share=share, basic_levels=basic_levels)
+    held = by_holding(used, draws, num_blocks=num_blocks, share=share, basic_levels=basic_levels)
     holding = None if isinstance(held, str) else held
     notes |= {k: v for k, v in (("segmentation", tested), ("holding", held)) if isinstance(v, str)}
     sensitivity = {}

@@ -74,6 +74,8 @@ def probe_arrays(
         if not np.isfinite(layer).all():
             raise NumericalError(f"X[{hidden}] holds NaN or infinite values; leave those items out.")
 
+    if control is not None and "" in np.asarray(control).astype(str):
+        raise UsageError("control has an empty type; name a type for every item, or leave control out.")
     group = np.arange(n).astype(str) if groups is None else np.asarray(groups).astype(str)
     labels, codes = np.unique(np.asarray(y).astype(str), return_inverse=True)
     items = pd.DataFrame(
@@ -112,7 +114,7 @@ def probe_arrays(
     }
     scores = score_table(task, fit, settings, where=where)
     results = ProbeResults(run, scores, pd.DataFrame(), None, {name: item_table(task, fit, where=where)})
-    return ProbeResults(run, scores, summary_table(results, name), None, results.item_tables)
+    return ProbeResults(run, scores, summary_table(results, name, n_boot=n_boot), None, results.item_tables)
 
 
 def _reader(states: np.ndarray) -> States:

@@ -14,7 +14,7 @@ CONTROLS = ("word-type", "random-encoder")
 def control_labels(task: Task, seed: int) -> np.ndarray | None:
     """Labels of the control task of Hewitt & Liang (2019): each word type draws one label, once, for all splits.
 
-    The draw is from the label distribution of the task's training split and depends on the seed and the type alone.
+    The draw is from the label distribution of the task's training split and depends on the seed and the set of types.
     For sentence tasks the type is the content word that the task names in its ``control`` column.
 
     Returns:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from probing.controls import control_labels, label_frequencies
+from probing.controls import control_labels
 from probing.probes.linear import DEFAULT_L2, LinearProbeFit, fit_selected
 from probing.tasks.base import Task
 from spafit.errors import TaskError
@@ -46,9 +46,11 @@ class ControlFits:
         seeds: the distinct fits; one entry where seeds would only repeat the same fit.
         predictions: predicted label, shape (seeds, hidden, test items).
         labels: the labels that count as right, shape (seeds, test items): the control task has its own per seed.
-        bits: bits saved on each item, log2 p(label) - log2 of the label's training frequency, like ``predictions``.
+        bits: bits saved on each item, log2 p(label) - log2 of the label's frequency in the training split (for the
+            control task: among its own labels there), like ``predictions``.
         l2: penalty chosen on dev, shape (seeds, hidden).
         converged: whether the fit met its tolerance, shape (seeds, hidden).
+        majority: most frequent training label, shape (seeds,).
     """
 
     seeds: tuple[int, ...]
@@ -57,6 +59,7 @@ class ControlFits:
     bits: np.ndarray
     l2: np.ndarray
     converged: np.ndarray
+    majority: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,6 @@ def fit_task(
         raise TaskError(f"Task {task.name!r}: a training draw holds one class only. Raise --max-train.")
 
     same_draw = all(np.array_equal(rows, draws[settings.seeds[0]]) for rows in draws.values())
-    log2_frequency = np.log2(label_frequencies(task))
     control = {s: control_labels(task, s) for s in settings.seeds} if "word-type" in settings.controls else {}
     has_control = bool(control) and all(c is not None for c in control.values())
 
@@ -137,6 +139,7 @@ def fit_task(
             "bits": np.zeros((n_seeds, len(hidden), len(test)), dtype=np.float32),
             "l2": np.zeros((n_seeds, len(hidden))),
             "converged": np.zeros((n_seeds, len(hidden)), dtype=bool),
+            "majority": np.zeros(n_seeds, dtype=np.int64),
         }
 
     own_seeds = settings.seeds[:1] if same_draw else settings.seeds
@@ -147,10 +150,13 @@ def fit_task(
         results["random-encoder"] = shape(len(settings.seeds))
     weights: dict[str, np.ndarray] = {}
 
-    def record(name: str, i: int, k: slice, fit: LinearProbeFit, m: int, x: np.ndarray, gold: np.ndarray) -> None:
+    def record(name: str, i: int, k: slice, fit: LinearProbeFit, m: int, x: np.ndarray, answers: np.ndarray) -> None:
+        gold, counts = answers[test], np.bincount(answers[split == "train"], minlength=len(task.labels))
+        # Half an item for a label that training never has (a control task may draw one for a test word only).
+        log2_frequency = np.log2(np.maximum(counts, 0.5) / counts.sum())
         log_p = fit.log_probabilities(x, label_set=m)[:, 0]
         into = results[name]
-        into["labels"][i] = gold
+        into["labels"][i], into["majority"][i] = gold, counts.argmax()
         into["predictions"][i, k] = log_p.argmax(-1)
         into["bits"][i, k] = (
             np.take_along_axis(log_p, gold[None, :, None], -1)[..., 0] / np.log(2) - log2_frequency[gold]
@@ -182,10 +188,10 @@ def fit_task(
                 )
                 if encoder == "random-encoder" or first:
                     i = seed_position
-                    record(encoder, i, k, fit, 0, x_test, labels[test])
+                    record(encoder, i, k, fit, 0, x_test, labels)
                     results[encoder]["l2"][i, k] = l2
                 if len(sets) == 2:
-                    record("word-type", seed_position, k, fit, 1, x_test, sets[1][test])
+                    record("word-type", seed_position, k, fit, 1, x_test, sets[1])
                     results["word-type"]["l2"][seed_position, k] = l2
                 if encoder == "none":
                     for j, h in enumerate(chosen):

@@ -15,7 +15,7 @@ import numpy as np
 from probing.config import ProbeConfig
 from probing.fitting import ProbeSettings, training_rows
 from probing.parts import is_finished
-from probing.tasks.base import Task, Text
+from probing.tasks.base import ITEM_COLUMNS, Task, Text
 from spafit import io
 from spafit.errors import DataError, OutputError, TaskError, UsageError
 from spafit.runtime import pick_device, torch_dtype
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 #: Raised by one whenever the same inputs would give other numbers, so that older finished tasks are computed again.
-NUMBERS_VERSION = 1
+NUMBERS_VERSION = 2
 
 #: Names that the stack finder gives; anything else in ``--stack`` is the dotted path of the list of blocks.
 STACK_NAMES = ("encoder", "decoder", "text", "vision")
@@ -83,7 +83,15 @@ class ProbePlan:
     def task_key(self, task: Task) -> str:
         """Digest of everything that the task's numbers depend on."""
         config, model = self.config, self.loaded
-        model_parts = (model.weights_digest, model.adapter_digest, model.tokenizer_digest, self.stack.path)
+        data = [task.items[c].astype(str).str.cat(sep="\x1f") for c in task.items.columns if c not in ITEM_COLUMNS]
+        model_parts = (
+            model.weights_digest,
+            model.adapter_digest,
+            model.tokenizer_digest,
+            model.max_length,
+            self.stack.path,
+            *data,
+        )
         settings = (config.sites, config.pooling, self.hidden, self.settings, config.dtype, config.batch_tokens)
         return io.content_digest(
             (NUMBERS_VERSION, io.SCHEMA_VERSION, task.digest, task.level, *model_parts, *settings, self.device)
@@ -147,13 +155,16 @@ class ProbePlan:
         return self.encoders * tokens * per_token * 1.15 + fits * products / 2e10 + 5.0
 
 
-def plan_probing(config: ProbeConfig, *, model: Any = None, given: Sequence[Task] = ()) -> ProbePlan:
+def plan_probing(
+    config: ProbeConfig, *, model: Any = None, given: Sequence[Task] = (), only_given: bool = False
+) -> ProbePlan:
     """Check everything that can be checked before work starts, and say what the run will do.
 
     Args:
         config: the options.
         model: an in-memory model in place of ``config.model``.
-        given: task objects in place of those that ``config.tasks`` names (which are then not read).
+        given: task objects, probed beside those that ``config.tasks`` names.
+        only_given: do not read ``config.tasks``.
 
     Raises:
         SpafitError: see :func:`probe_layers`. The output folder and the tasks are checked before the model is loaded.
@@ -167,7 +178,7 @@ def plan_probing(config: ProbeConfig, *, model: Any = None, given: Sequence[Task
     if config.out is not None:
         _check_writable(Path(config.out), config.overwrite)
     with timed(seconds, "read tasks"):
-        tasks, failed = _read_tasks(config.tasks, given=given, limit=config.limit)
+        tasks, failed = _read_tasks(() if only_given else config.tasks, given=given, limit=config.limit)
     device = pick_device(config.device)
     with timed(seconds, "load model"):
         reference = config.model if model is None else model
@@ -212,12 +223,11 @@ def _read_tasks(
     references: Sequence[str], *, given: Sequence[Task], limit: int | None
 ) -> tuple[list[Task], dict[str, str]]:
     """Read all references; where one cannot be read, find out which, so that it does not cost the others."""
-    from probing.registry import load_tasks
+    from probing.registry import check_together, load_tasks
 
     failed: dict[str, str] = {}
-    if given:
-        tasks = [t.validate() for t in given]
-    else:
+    tasks: list[Task] = []
+    if references:
         try:
             tasks = list(load_tasks(references))
         except (TaskError, DataError) as error:
@@ -232,6 +242,7 @@ def _read_tasks(
             if not failed or not good:
                 raise
             tasks = list(load_tasks(good))
+    tasks = list(check_together([*tasks, *(t.validate() for t in given)]))
     return [t if limit is None else _limited(t, limit) for t in tasks], failed
 
 

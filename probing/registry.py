@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -113,15 +113,29 @@ def load_tasks(references: Sequence[str], *, levels: Mapping[str, str] | Path | 
                     f"Two different tasks are called {task.name!r} (the second from {reference!r}). "
                     "Load them in separate runs, or name one otherwise (name= in table: and hub: references)."
                 )
+    if levels is not None:
+        tasks = _regrouped(tasks, levels)
+    return tuple(task.validate() for task in check_together(tasks.values()))
+
+
+def check_together(tasks: Iterable[Task]) -> tuple[Task, ...]:
+    """Return the tasks if they can be probed in one run.
+
+    Raises:
+        TaskError: two tasks have one name, or two corpora have one name but different texts.
+    """
+    tasks = tuple(tasks)
+    names = [task.name for task in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise TaskError(f"Two tasks are called {twice[0]!r}. Name one otherwise, or probe them in separate runs.")
     corpora: dict[str, str] = {}
-    for task in tasks.values():
+    for task in tasks:
         if corpora.setdefault(task.corpus.name, task.corpus.digest) != task.corpus.digest:
             raise TaskError(
                 f"Two sources are called {task.corpus.name!r} but hold different texts. Rename one file or folder."
             )
-    if levels is not None:
-        tasks = _regrouped(tasks, levels)
-    return tuple(task.validate() for task in tasks.values())
+    return tasks
 
 
 def split_references(text: str) -> list[str]:

@@ -123,6 +123,10 @@ class ProbeResults:
         for column, value in wanted.items():
             keep = keep & (items[column] == (value if value is not None else items[column].iloc[0])).to_numpy()
         items = items[keep]
+        if items.empty:
+            raise UsageError(
+                f"Task {task!r} has no items at split {split!r}, stack {stack!r}, site {site!r}, pooling {pooling!r}."
+            )
         own = _values(items, "none", metric)
         has_control = adjusted_by is not None and (items["control"] == adjusted_by).any()
         other = _values(items, adjusted_by, metric) if adjusted_by and has_control else None
@@ -138,7 +142,7 @@ class ProbeResults:
             hidden,
             values.mean((0, 2)),
             draw.means(values),
-            "bits",
+            metric,
             adjusted_by if other is not None and adjusted_by else "none",
             values.shape[2],
             len(values),
@@ -149,10 +153,17 @@ class ProbeResults:
         tasks: Sequence[str] | None = None,
         *,
         adjusted_by: str | None = "random-encoder",
+        site: str | None = None,
         pooling: str | None = None,
+        n_boot: int = 1000,
     ) -> list[LayerCurve]:
-        """:meth:`curve` of every task (or those named) at the block site."""
-        return [self.curve(t, adjusted_by=adjusted_by, pooling=pooling) for t in tasks or self.tasks]
+        """:meth:`curve` of every task (or those named), at the block site if the run has it, else at its first site."""
+        sites = list(dict.fromkeys(self.scores["site"].astype(str)))
+        site = site or ("block" if "block" in sites else sites[0])
+        return [
+            self.curve(t, adjusted_by=adjusted_by, site=site, pooling=pooling, n_boot=n_boot)
+            for t in tasks or self.tasks
+        ]
 
     def to_pandas(self) -> pd.DataFrame:
         """The score rows to report: means over seeds, with intervals that cross items with seeds."""
@@ -176,7 +187,7 @@ class ProbeResults:
         return html_table(self.scores, self.summaries)
 
 
-def summary_table(results: ProbeResults, task: str) -> pd.DataFrame:
+def summary_table(results: ProbeResults, task: str, *, n_boot: int = 1000) -> pd.DataFrame:
     """Layer summaries of one task: of its accuracy, its bits, and its bits above the random-weight encoder's.
 
     Columns: task, level, stack, site, pooling, probe, control (what was subtracted), metric, statistic, value, ci_low,
@@ -201,6 +212,7 @@ def summary_table(results: ProbeResults, task: str) -> pd.DataFrame:
                 site=site,
                 pooling=pooling,
                 probe=probe,
+                n_boot=n_boot,
             )
             rows += [
                 {

@@ -93,7 +93,12 @@ def probe_layers(
     )
     given = [t for t in tasks if isinstance(t, Task)]
     references = [t for t in tasks if isinstance(t, str)]
-    plan = plan_probing(replace(config, tasks=tuple(references) or config.tasks), model=model, given=given)
+    plan = plan_probing(
+        replace(config, tasks=tuple(references)) if references else config,
+        model=model,
+        given=given,
+        only_given=not references,
+    )
     return run_plan(replace(plan, config=config), quiet=quiet)
 
 
@@ -126,8 +131,14 @@ def run_plan(plan: ProbePlan, *, command: str | None = None, quiet: bool = False
         "seconds": seconds,
         **provenance(),
     }
-    io.write_json(plan.out / "run.json", run)
     todo = [t for t in plan.tasks if t.name not in plan.done]
+    if todo:  # what an earlier run left must not be taken for this one's; its finished tasks stay in parts/
+        for name in ("scores", "summaries"):
+            for suffix in (".parquet", ".csv"):
+                (plan.out / f"{name}{suffix}").unlink(missing_ok=True)
+        for name in ("verdict.json", "strata.yaml", "figures/written.json"):
+            (plan.out / name).unlink(missing_ok=True)
+    io.write_json(plan.out / "run.json", run)
     try:
         if todo:
             _extract_and_fit(plan, todo, status, notes, seconds, quiet=quiet)
@@ -287,7 +298,7 @@ def _probe_one(
     score_rows, item_rows = pd.concat(scores, ignore_index=True), pd.concat(items, ignore_index=True)
     with timed(seconds, "summarize"):
         view = ProbeResults({}, score_rows, pd.DataFrame(), None, {task.name: item_rows})
-        summaries = summary_table(view, task.name)
+        summaries = summary_table(view, task.name, n_boot=plan.settings.n_boot)
     with timed(seconds, "write tables"):
         write_part(
             plan.out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,8 @@ def score_table(task: Task, fit: TaskFit, settings: ProbeSettings, *, where: dic
 
     Rows whose ``seed`` is missing are the mean over seeds; their intervals cross items (by cluster) with seeds, and
     they are the ones to report. ``bits`` is the bits saved per item: label entropy minus the probe's cross-entropy.
-    ``chance`` is the test accuracy of the training split's most frequent label. Controls named
+    ``chance`` is the test accuracy of the training split's most frequent label (the control task's own, for its rows;
+    missing for differences). Controls named
     ``difference:<control>`` are the task's own score minus that control's, with a paired interval (for ``word-type``
     on accuracy: selectivity).
 
@@ -54,8 +56,6 @@ def score_table(task: Task, fit: TaskFit, settings: ProbeSettings, *, where: dic
     """
     rows: list[dict[str, Any]] = []
     items = task.items.iloc[fit.test]
-    labels = task.items["label"].to_numpy()
-    majority = np.bincount(labels[(task.items["split"] == "train").to_numpy()]).argmax()
     for split in task.test_splits:
         chosen = (items["split"] == split).to_numpy()
         if not chosen.any():
@@ -70,13 +70,13 @@ def score_table(task: Task, fit: TaskFit, settings: ProbeSettings, *, where: dic
             "split": split,
             "n": int(chosen.sum()),
             "n_classes": len(task.labels),
-            "chance": float(np.mean(labels[fit.test][chosen] == majority)),
             "n_train": fit.n_train,
         }
         for control, fits in fit.controls.items():
             if control == "word-type" and split == "unseen":
                 continue  # types never recur: chance by construction
             values = _metric_values(fits, chosen)
+            chances = (fits.labels[:, chosen] == fits.majority[:, None]).mean(1)
             for metric in METRICS:
                 if metric != "macro_f1":
                     per_seed = [draws[1].means(v[None]) for v in values[metric]]
@@ -90,10 +90,12 @@ def score_table(task: Task, fit: TaskFit, settings: ProbeSettings, *, where: dic
                     crossed = draws[len(fits.seeds)].macro_f1(gold, guesses, n_classes=len(task.labels))
                     points = _macro_f1(gold, guesses)
                 for i, seed in enumerate(fits.seeds):
-                    rows += _rows(fit, base, control, metric, points[i], per_seed[i], fits, i, seed)
-                rows += _rows(fit, base, control, metric, points.mean(0), crossed, fits, None, None)
+                    rows += _rows(fit, base, control, metric, points[i], per_seed[i], fits, i, seed, chances[i])
+                rows += _rows(fit, base, control, metric, points.mean(0), crossed, fits, None, None, chances.mean())
             if control != "none":
                 own = _metric_values(fit.controls["none"], chosen)
+                met = fits.converged & fit.controls["none"].converged  # a single own fit stands beside every control's
+                both = replace(fits, converged=met)
                 for metric in ("accuracy", "bits"):
                     difference = own[metric] - values[metric]  # a single own fit is paired with every seed's control
                     replicates = draws[len(difference)].means(difference)
@@ -104,9 +106,10 @@ def score_table(task: Task, fit: TaskFit, settings: ProbeSettings, *, where: dic
                         metric,
                         difference.mean((0, 2)),
                         replicates,
-                        fits,
+                        both,
                         None,
                         None,
+                        float("nan"),
                     )
     table = pd.DataFrame(rows, columns=list(SCORE_COLUMNS))
     return table.astype({"seed": "Int64", "hidden": "int64", "block": "int64"})
@@ -189,6 +192,7 @@ def _rows(
     fits: ControlFits,
     position: int | None,
     seed: int | None,
+    chance: float,
 ) -> list[dict[str, Any]]:
     low, high = interval(replicates)
     rows = []
@@ -203,6 +207,7 @@ def _rows(
                 "control": control,
                 "seed": seed,
                 "metric": metric,
+                "chance": float(chance),
                 "value": float(points[k]),
                 "ci_low": float(low[k]),
                 "ci_high": float(high[k]),

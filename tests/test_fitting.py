@@ -61,7 +61,7 @@ def test_chance_is_the_accuracy_of_the_training_majority_not_one_over_k():
     states = rng.standard_normal((2, 2000, 4))
     split = np.array(["train"] * 1000 + ["dev"] * 500 + ["test"] * 500)
     table = probe_arrays(states, labels, split=split, n_boot=200).to_pandas()
-    assert (table["chance"] == np.mean(labels[1500:] == 0)).all()
+    assert (table.loc[table["control"] == "none", "chance"] == np.mean(labels[1500:] == 0)).all()
 
 
 def test_word_type_control_is_read_from_identity_and_selectivity_is_the_paired_difference():
@@ -160,3 +160,25 @@ def test_nan_states_are_refused_naming_the_hidden_state():
 def test_defaults_are_three_seeds_and_both_controls():
     assert ProbeSettings().seeds == (0, 1, 2)
     assert ProbeSettings().controls == ("word-type", "random-encoder")
+
+
+def test_a_control_that_cannot_be_read_saves_no_bits_although_its_labels_are_unbalanced():
+    rng = np.random.default_rng(0)
+    types = rng.integers(0, 4, 3000)
+    states = rng.standard_normal((2, 3000, 8))
+    results = probe_arrays(states, types % 2, control=[f"t{t}" for t in types], n_boot=200)
+    assert means(results, "bits", "word-type")["value"].abs().max() < 0.03
+    assert means(results, "bits", "difference:word-type")["value"].abs().max() < 0.03
+    control = means(results, control="word-type")
+    assert (control["value"] - control["chance"]).abs().max() < 0.03
+
+
+def test_a_curve_says_which_metric_it_holds():
+    states, labels = planted_states(1, items=300)
+    results = probe_arrays(states, labels, n_boot=200)
+    assert results.curve("task").metric == "bits"
+    accuracy = results.curve("task", metric="accuracy")
+    assert accuracy.metric == "accuracy"
+    np.testing.assert_allclose(accuracy.values, means(results)["value"].to_numpy(), atol=1e-12)
+    with pytest.raises(UsageError, match="no items"):
+        results.curve("task", site="attention")

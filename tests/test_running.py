@@ -230,7 +230,7 @@ def test_shards_fill_the_cache_that_a_later_run_uses(small_bert, tmp_path, cache
 
     given = [word_task(), sentence_task()]
     config = ProbeConfig(model=str(small_bert), out=str(tmp_path / "run"), seeds=(0,), n_boot=100)
-    plan = plan_probing(config, given=given)
+    plan = plan_probing(config, given=given, only_given=True)
     for i in range(2):
         extract_shard(plan, (i, 2), quiet=True)
     assert not (tmp_path / "run").exists()
@@ -238,3 +238,33 @@ def test_shards_fill_the_cache_that_a_later_run_uses(small_bert, tmp_path, cache
     single = quick(small_bert, tmp_path / "single", seeds=(0,), cache_dir=tmp_path / "other").scores
     pd.testing.assert_frame_equal(sharded, single)
     assert read_json(tmp_path / "run" / "run.json")["status"] == "complete"
+
+
+def test_tasks_that_would_be_mixed_up_are_refused(small_bert, tmp_path):
+    other = replace(sentence_task(), corpus=Corpus("made", tuple(Text("something else") for _ in range(240))))
+    with pytest.raises(TaskError, match="different texts"):
+        quick(small_bert, tmp_path / "run", tasks=[word_task(), other])
+    with pytest.raises(UsageError, match="names one twice"):
+        quick(small_bert, tmp_path / "run", tasks=[word_task(), replace(sentence_task(), name="made.plural")])
+
+
+def test_an_unfinished_run_leaves_no_other_runs_tables(small_bert, tmp_path, cache, monkeypatch):
+    quick(small_bert, tmp_path / "run")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(probing.running, "fit_task", stop)
+    with pytest.raises(KeyboardInterrupt):
+        quick(small_bert, tmp_path / "run", max_train=40)
+    assert not (tmp_path / "run" / "scores.parquet").exists()
+
+
+def test_probing_some_layers_writes_scaled_strata_and_the_models_depth(small_bert, tmp_path, cache):
+    from analysis import interpret
+
+    results = quick(small_bert, tmp_path / "run", layers="1-2")
+    interpretation = interpret(results)
+    assert interpretation.verdict["num_blocks"] == 3
+    assert interpretation.suggestion.criterion == "none"
+    assert set(results.scores["hidden"]) == {1, 2}

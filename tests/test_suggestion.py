@@ -234,13 +234,13 @@ def test_few_blocks_use_the_holding_rule_alone(num_blocks):
     assert suggestion.evidence in ("untested", "weak")
 
 
-def test_some_hidden_states_only_use_the_holding_rule_alone():
+def test_some_hidden_states_only_place_no_boundaries():
     hidden = np.array([0, 3, 6, 9, 12])
     curves = [curve(f"task{i}", level, hidden >= 6, hidden=hidden) for i, level in enumerate(LEVELS)]
     suggestion = suggest_strata(curves, num_blocks=12)
-    assert suggestion.evidence == "untested"
-    assert suggestion.boundaries == (6, 6)
-    assert "every hidden state from 1 to 12" in suggestion.reason
+    assert suggestion.evidence == suggestion.criterion == "none"
+    assert "every hidden state from 1 to 12" in suggestion.explain()
+    assert "every hidden state from 0 to 12" in suggestion.explain()
 
 
 def test_curves_that_are_not_finite_are_left_out_and_named():

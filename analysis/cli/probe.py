@@ -183,6 +183,11 @@ def probe(
     if len(models) > 1 and (json_output or shard):
         raise UsageError("--json and --shard take one --model; run once for each.")
     folder = options.pop("out", None)
+    names = [Path(m or "default").name for m in models]
+    if len(set(names)) < len(names):
+        raise UsageError(
+            "Two models have the same name, and so the same folder; run them apart, each with its own --out."
+        )
     configs = [ProbeConfig(model=m, out=_folder(folder, m, len(models)), **options) for m in models]
     if print_config:
         import yaml
