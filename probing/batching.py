@@ -319,8 +319,8 @@ def _encode(loaded: LoadedModel, unique: Sequence[Text], digest: str, *, numbers
 def _fill_batches(lengths: np.ndarray, row_bytes: np.ndarray, batch_tokens: int) -> np.ndarray:
     """Edges of greedy batches over texts of falling length; a text longer than the budget is a batch of its own.
 
-    A batch that is a quarter full also ends where the length falls: less padding (4 % of the tokens of UD EWT) for more,
-    smaller passes that are no slower per token.
+    A batch that is a quarter full also ends where the length falls: less padding (4 % of the tokens of UD EWT) for
+    more, smaller passes that are no slower per token.
     """
     edges, size = [0], 0
     for i, (length, extra) in enumerate(zip(lengths.tolist(), row_bytes.tolist(), strict=True)):
