@@ -61,7 +61,7 @@ def test_chance_is_the_accuracy_of_the_training_majority_not_one_over_k():
     states = rng.standard_normal((2, 2000, 4))
     split = np.array(["train"] * 1000 + ["dev"] * 500 + ["test"] * 500)
     table = probe_arrays(states, labels, split=split, n_boot=200).to_pandas()
-    assert (table.loc[table["control"] == "none", "chance"] == np.mean(labels[1500:] == 0)).all()
+    np.testing.assert_allclose(table.loc[table["control"] == "none", "chance"], np.mean(labels[1500:] == 0))
 
 
 def test_word_type_control_is_read_from_identity_and_selectivity_is_the_paired_difference():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 from spafit import models
 from spafit.digests import model_digest, tokenizer_digest
 from spafit.errors import HubError, ModelError
-from spafit.models import DEFAULT_PACKAGE, default_model_path, load_model, randomize_weights
+from spafit.models import default_model_path, load_model, randomize_weights
 from tests.paths import MODELS, needs_smollm2
 from tests.tiny import (
     BLOCKS,
@@ -302,8 +303,11 @@ def test_default_is_minilm_and_says_what_it_is():
 
 @needs_default
 def test_default_path_does_not_import_its_package():
-    assert default_model_path().name == "model"
-    assert DEFAULT_PACKAGE not in sys.modules
+    code = (
+        "import sys\nfrom spafit.models import DEFAULT_PACKAGE, default_model_path\n"
+        "assert default_model_path().name == 'model'\nassert DEFAULT_PACKAGE not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_missing_default_names_the_extra(monkeypatch):
