@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 #: Penalties that are tried by default. On 40,000 words (UD EWT, MiniLM) the choice is the second, on sentence tasks of
 #: 2,000 items the third to the fifth; the last is chosen where the representation says next to nothing of the label.
-DEFAULT_L2 = (4e-4, 2e-3, 1.2e-2, 8e-2, 5e-1)
+DEFAULT_L2 = (3e-4, 1.5e-3, 1e-2, 7e-2, 5e-1)
 #: Bits per item: a fit stops once its estimated distance from the minimum is below this, after one more step.
-DEFAULT_TOLERANCE = 0.003
+DEFAULT_TOLERANCE = 0.004
 #: Coefficients of the fits that run together, at most: the solver keeps about thirty arrays of that size.
 BATCH_COEFFICIENTS = 2**22
 #: Rows that are scored at a time.
@@ -267,10 +267,15 @@ class _Problem:
         self.max_iterations, self.tolerance = max_iterations, tolerance
         self.n, self.width = x.shape[1], x.shape[2]
         self.present = np.stack([np.bincount(row, minlength=n_classes) > 0 for row in self.labels])
+        # The solver's first class must be present: swap the first class that is into its place (and back by the same).
+        first = self.present.argmax(1)
+        self.order = np.tile(np.arange(n_classes), (len(first), 1))
+        self.order[np.arange(len(first)), first] = 0
+        self.order[:, 0] = first
         # One shuffle for all representations: prefixes are then random samples, in whatever order the items came.
         self.place = torch.from_numpy(generator(0, "probe rows", self.n).permutation(self.n))
         shuffled = torch.empty(self.labels.shape, dtype=torch.int64)
-        shuffled[:, self.place] = torch.from_numpy(self.labels.astype(np.int64))
+        shuffled[:, self.place] = torch.from_numpy(np.take_along_axis(self.order, self.labels.astype(np.int64), 1))
         self.shuffled = shuffled.to(device)
 
 
@@ -375,7 +380,7 @@ class _Layer:
             both = np.concatenate([weights * ratio, bias[:, None]], 1).transpose(0, 2, 1)
             warm[: len(both)] = True
             start[: len(both)] = torch.from_numpy(both.astype(np.float32))
-        return start.to(self.problem.device), warm.to(self.problem.device)
+        return start, warm
 
     def _fit_together(
         self, sets: np.ndarray, l2: np.ndarray, start: torch.Tensor, warm: torch.Tensor
@@ -386,16 +391,21 @@ class _Layer:
 
         problem = self.problem
         index = torch.from_numpy(sets).to(problem.device)
-        present = torch.from_numpy(problem.present).to(problem.device)[index]
+        swap = torch.from_numpy(problem.order)[sets][:, :, None].expand(start.shape)
+        present = torch.from_numpy(np.take_along_axis(problem.present, problem.order, 1)[sets])
         penalties = torch.from_numpy(l2.astype(np.float32)).to(problem.device)
-        fits = Fits(self.rows, problem.shuffled, index, penalties, present)
-        tolerance = problem.tolerance * _LN2
+        fits = Fits(self.rows, problem.shuffled, index, penalties, present.to(problem.device))
         found = solve(
-            fits, gram=self.gram, start=start, warm=warm, tolerance=tolerance, max_iterations=problem.max_iterations
+            fits,
+            gram=self.gram,
+            start=start.gather(1, swap).to(problem.device),
+            warm=warm.to(problem.device),
+            tolerance=problem.tolerance * _LN2,
+            max_iterations=problem.max_iterations,
         )
-        plain = found.coefficients.masked_fill(~present[:, :, None], 0.0).cpu()
-        weights = plain[..., :-1].masked_fill(self.constant, 0.0).transpose(1, 2)
         gap = (found.gap / _LN2).cpu().numpy()
+        plain = found.coefficients.cpu().masked_fill(~present[:, :, None], 0.0).gather(1, swap)
+        weights = plain[..., :-1].masked_fill(self.constant, 0.0).transpose(1, 2)
         if not (torch.isfinite(plain).all() and np.isfinite(gap).all()):
             raise NumericalError(
                 f"Representation {self.b}: a fit is not finite although its features are. Look for extreme values."

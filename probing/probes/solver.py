@@ -72,7 +72,7 @@ class Solution:
 class _Point:
     value: Tensor  # (fits,), float64: objective
     gradient: Tensor  # (fits, classes, width + 1)
-    scores: Tensor  # (fits, classes, probe rows): logits of the first rows
+    scores: Tensor  # (fits, classes - 1, probe rows): relative logits of the first rows
     covariance: Tensor  # (fits, classes, classes), or (fits, classes): mean softmax covariance on the first rows
 
     def take(self, index: Tensor) -> _Point:
@@ -103,21 +103,23 @@ class Fits:
         labels: int64, (label sets, n).
         sets: int64, (fits,), the label set of each fit.
         l2: float32, (fits,).
-        present: bool, (fits, classes); classes that do not take part get probability zero.
+        present: bool, (fits, classes); classes that do not take part get probability zero. Class 0 must take part: the
+            other classes' logits are taken relative to its own, which spares its share of every product.
     """
 
     def __init__(self, rows: Tensor, labels: Tensor, sets: Tensor, l2: Tensor, present: Tensor):
         import torch
 
         self.rows, self.all_labels, self.sets, self.l2, self.present = rows, labels, sets, l2, present
-        self.labels = labels[sets]
+        own = labels[sets][:, None]
+        self.column, self.other = (own - 1).clamp_min(0), (own > 0).to(rows.dtype)
         self.n, self.width, self.classes = rows.shape[0], rows.shape[1] - 1, present.shape[1]
         penalised = torch.ones(self.width + 1, dtype=l2.dtype, device=l2.device)
         penalised[-1] = 0
         self.penalty = l2[:, None, None] * penalised
         self.barred = None
         if not bool(present.all()):
-            self.barred = torch.where(present, 0.0, -torch.inf).to(l2.dtype)[:, :, None]
+            self.barred = torch.where(present[:, 1:], 0.0, -torch.inf).to(l2.dtype)[:, :, None]
 
     def take(self, index: Tensor) -> Fits:
         """The problems at ``index``."""
@@ -129,8 +131,9 @@ class Fits:
         return Fits(self.rows, self.all_labels, self.sets, stronger, self.present)
 
     def scores(self, coefficients: Tensor, rows: Tensor) -> Tensor:
-        """Logits, (fits, classes, rows)."""
-        return (coefficients.flatten(0, 1) @ rows.T).view(len(coefficients), self.classes, len(rows))
+        """Logits of the classes after the first, relative to it, (fits, classes - 1, rows)."""
+        relative = (coefficients[:, 1:] - coefficients[:, :1]).flatten(0, 1)
+        return (relative @ rows.T).view(len(coefficients), self.classes - 1, len(rows))
 
     def evaluate(self, coefficients: Tensor, n: int) -> _Point:
         """Objective and gradient on the first ``n`` rows, in blocks of rows: one product forwards, one back."""
@@ -138,34 +141,38 @@ class Fits:
 
         fits, classes, width = coefficients.shape
         loss = torch.zeros(fits, dtype=torch.float64, device=coefficients.device)
-        gradient = coefficients.new_zeros(fits * classes, width)
-        minus_one = coefficients.new_full((1, 1, 1), -1.0)
+        gradient = coefficients.new_zeros(fits * (classes - 1), width)
         probe_rows = min(n, PROBE_ROWS)
         kept: list[Tensor] = []
         covariance: Tensor | float = 0.0
         step = max(256, BLOCK // (fits * classes))
         for start in range(0, n, step):
-            rows = self.rows[start : min(start + step, n)]
-            labels = self.labels[:, None, start : start + len(rows)]
+            part = slice(start, min(start + step, n))
+            rows, column, other = self.rows[part], self.column[:, :, part], self.other[:, :, part]
             scores = self.scores(coefficients, rows)
             if self.barred is not None:
                 scores += self.barred
             probed = min(probe_rows - start, len(rows))
             if probed > 0:
                 kept.append(scores[:, :, :probed].clone())
-            scores -= scores.amax(1, keepdim=True)
-            chosen = scores.gather(1, labels)
-            total = scores.exp_().sum(1, keepdim=True)
+            first = -scores.amax(1, keepdim=True).clamp_min_(0)  # the first class's logit after the shift
+            scores += first
+            chosen = torch.where(other > 0, scores.gather(1, column), first)
+            first.exp_()
+            total = scores.exp_().sum(1, keepdim=True) + first
             loss += (total.log() - chosen).sum((1, 2), dtype=torch.float64)
             scores /= total
             if probed > 0:
-                covariance = covariance + _softmax_covariance(scores[:, :, :probed]) / probe_rows
-            scores.scatter_add_(1, labels, minus_one.expand(labels.shape))
-            gradient.addmm_(scores.view(fits * classes, -1), rows)
+                p = torch.cat([first / total, scores], 1)[:, :, :probed]
+                covariance = covariance + _softmax_covariance(p) / probe_rows
+            scores.scatter_add_(1, column, -other)
+            gradient.addmm_(scores.view(fits * (classes - 1), -1), rows)
         shrink = self.penalty * coefficients
         value = loss / n + 0.5 * (shrink * coefficients).sum((1, 2), dtype=torch.float64)
-        gradient = gradient.view_as(coefficients) / n + shrink
+        later = gradient.view(fits, classes - 1, width) / n
         assert isinstance(covariance, torch.Tensor)
+        # The residuals of all classes sum to zero, so those of the first follow from the others.
+        gradient = torch.cat([-later.sum(1, keepdim=True), later], 1) + shrink
         return _Point(value, gradient, torch.cat(kept, 2), covariance)
 
     def step_length(self, point: _Point, direction: Tensor, slope: Tensor) -> Tensor:
@@ -173,14 +180,20 @@ class Fits:
 
         The root draws it towards 1, L-BFGS's own length: a few rows give the curvature with some noise.
         """
-        import torch
-
         rows = self.rows[: point.scores.shape[2]]
         change = self.scores(direction, rows)
-        before, after = torch.softmax(point.scores, 1), torch.softmax(point.scores + change, 1)
+        # The first class's relative logit does not change, so its probability drops out.
+        before, after = (_probabilities(v)[:, 1:] for v in (point.scores, point.scores + change))
         curvature = ((after - before) * change).sum((1, 2)) / len(rows) + _dot(self.penalty * direction, direction)
         length = (-slope / curvature.clamp_min(1e-30)).clamp(0.1, 5.0)
         return length if len(rows) == self.n else length.sqrt()
+
+
+def _probabilities(scores: Tensor) -> Tensor:
+    """Probabilities of all classes from logits relative to the first, (fits, classes - 1, rows)."""
+    import torch
+
+    return torch.softmax(torch.cat([torch.zeros_like(scores[:, :1]), scores], 1), 1)
 
 
 def _softmax_covariance(p: Tensor) -> Tensor:
@@ -253,7 +266,7 @@ class Blocks:
             which[members] = i
             level = fits.l2[members].log().mean()
             chosen = members[(fits.l2[members].log() - level).abs().argmin()][None]
-            p = torch.softmax(fits.take(chosen).scores(coefficients[chosen], rows)[0], 0)
+            p = _probabilities(fits.take(chosen).scores(coefficients[chosen], rows))[0]
             total = (p * (1 - p)).double().cumsum(1)
             for k in range(fits.classes):
                 mean = float(total[k, -1]) / len(rows)

@@ -201,6 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="run all 210 fits of the peer")
+    parser.add_argument("--threads", type=int, nargs="+", help="threads to measure with; the first is the target's")
     options = parser.parse_args([] if arguments is None else arguments)
     if not SHARED.is_dir():
         print("skipped: the shared real data (../shared/data) is not here")
@@ -209,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     cells = peer_cells(grid.hidden, full=options.full)
     total = grid.hidden * len(DEFAULT_L2) * 2 * len(SEEDS)
     rows, notes = [], []
-    for threads in dict.fromkeys((torch.get_num_threads(), 1)):
+    for threads in options.threads or dict.fromkeys((torch.get_num_threads(), 1)):
         ours, peer, differences = measure(grid, cells, threads)
         theirs = whole_grid(peer, grid.hidden)
         worst = max(abs(d) for pair in differences.values() for d in pair)
