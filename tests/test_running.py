@@ -50,7 +50,8 @@ def quick(model: Path, out: Path, tasks=None, **more) -> ProbeResults:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = [folder / t for t in TABLES] + [p for d in ("items", "probes") for p in sorted((folder / d).iterdir())]
+    written = [p for d in ("items", "probes") for p in sorted((folder / d).glob("[!.]*"))]  # a kill may leave .parts
+    files = [folder / t for t in TABLES] + written
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 

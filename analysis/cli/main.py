@@ -60,11 +60,6 @@ def run_guarded(command: Callable[[], object]) -> None:
             raise
         sys.stderr.write(f"Error: {error}\n")
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        sys.stderr.write("Interrupted. What was finished is kept; the same command goes on from there.\n")
-        sys.exit(130)
     except BrokenPipeError:  # the reader of stdout went away, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -194,7 +194,12 @@ def probe(
 
         typer.echo(yaml.safe_dump(configs[0].to_dict(), sort_keys=False), nl=False)
         return
-    finished = [_run(c, dry_run=dry_run, shard=_shard(shard), json_output=json_output, quiet=quiet) for c in configs]
+    part = _shard(shard)
+    try:
+        finished = [_run(c, dry_run=dry_run, shard=part, json_output=json_output, quiet=quiet) for c in configs]
+    except KeyboardInterrupt:
+        sys.stderr.write("\nInterrupted. What was finished is kept; the same command goes on from there.\n")
+        raise typer.Exit(130) from None
     results = [r for r in finished if r is not None]
     if len(results) > 1:
         from analysis.interpretation import compare_models
