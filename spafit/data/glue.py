@@ -180,8 +180,8 @@ def read_glue(
         files: split to file name, relative to the task's folder, for other names (``{"train": "train.rebuilt.tsv"}``);
             also ``.csv``, ``.jsonl`` and ``.parquet``, where whole numbers are class codes.
         splits: the splits to read. Default: all, of which a test split may be missing.
-        on_bad_rows: what to do about lines of a text file with too few or too many cells (the official QQP has some).
-            ``skip`` leaves them out and counts them in the frame's ``attrs``.
+        on_bad_rows: what to do about lines of a tab-separated file with too few or too many cells (the official QQP has
+            some). ``skip`` leaves them out and counts them in the frame's ``attrs``. Other formats are always strict.
         offline: use what ``datasets`` has in its cache and never ask the hub.
 
     Returns:
@@ -288,8 +288,6 @@ def _read_file(task: GlueTask, path: Path, on_bad_rows: str) -> tuple[pd.DataFra
     if not lines:
         raise DataError(f"{path}: holds no rows.")
     first = [c.strip().lower() for c in lines[0].split("\t")]
-    if twice := sorted({c for c in first if first.count(c) > 1} & {*_IDX, *task.label, *sum(task.text, ())}):
-        raise DataError(f"{path}:1: column name {twice[0]!r} occurs twice in the header.")
     needed = max((task.bare.index(c) for names in task.text for c in names if c in task.bare), default=0) + 1
     header = all(set(names) & set(first) for names in task.text)
     if not header and needed <= len(first) <= len(task.bare):
@@ -326,6 +324,9 @@ def _column(names: Sequence[str], table: pd.DataFrame) -> str | None:
 
 def _frame(task: GlueTask, split: str, table: pd.DataFrame, where: str, bad: list[int]) -> pd.DataFrame:
     """The project's columns from a table with the columns of the file; checks every cell."""
+    read = {*_IDX, *task.label, *(name for names in task.text for name in names)}
+    if twice := [c for c in table.columns[table.columns.duplicated()] if c in read]:
+        raise DataError(f"{where}: column name {twice[0]!r} occurs twice in the header.")
     content: dict[str, Any] = {}
     shown = [c for c in table.columns if c != "row number"]
     for key, names in zip(("text", "text2"), task.text, strict=False):
@@ -341,8 +342,8 @@ def _frame(task: GlueTask, split: str, table: pd.DataFrame, where: str, bad: lis
     if column is None and not hidden:
         raise DataError(f"{where}: no label column {task.label[0]!r}. It has {', '.join(map(repr, shown))}.")
     values = [None] * len(table) if column is None else table[column].tolist()
-    read = _score if task.regression else _code
-    labels = [read(task, v, f"{where}:{line}", hidden) for line, v in zip(table.index, values, strict=True)]
+    parse = _score if task.regression else _code
+    labels = [parse(task, v, f"{where}:{line}", hidden) for line, v in zip(table.index, values, strict=True)]
     content["label"] = pd.array(labels, dtype="Int64") if not task.regression else np.array(labels, dtype=np.float64)
     column = _column(_IDX, table) or "row number"
     numbers = table[column] if column in table else range(len(table))
