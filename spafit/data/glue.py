@@ -133,7 +133,7 @@ _TASKS = (
     GlueTask(
         "ax", _PREMISE, ("label",), ("entailment", "neutral", "contradiction"), ("matthews",), {"test": "AX.tsv"},
         "as published with the benchmark", "wang2019glue: ICLR 2019", ("ax", "diagnostic", "diagnostics"),
-        splits={"test": ("diagnostic.tsv", "diagnostic-full.tsv")}, words=True,
+        splits={"test": ("diagnostic.tsv", "diagnostic-full.tsv", "AX.tsv", "ax.tsv")}, words=True,
     ),
 )
 # fmt: on
