@@ -1,163 +1,45 @@
-"""Stratum and StrataConfig: which blocks of a model train, and how. Checked when made; no torch here."""
+"""StrataConfig, a whole plan: which blocks of a model train, and how. Checked when made; no torch here."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
 from spafit.errors import ConfigError, did_you_mean
-from spafit.fields import FieldError, Origin, choice, integer, name_list, number, plain, text
-
-SCHEMA_VERSION = 1
-METHODS = ("freeze", "bitfit", "norm", "lora", "lora+bitfit", "lora+norm", "ia3", "dora", "full")
-OUTSIDE_METHODS = ("freeze", "bitfit", "norm", "full")
-#: Roles that are linear maps: what LoRA, DoRA and IA3 can target.
-LINEAR_ROLES = (
-    "query",
-    "key",
-    "value",
-    "attention_output",
-    "intermediate",
-    "output",
-    "cross_query",
-    "cross_key",
-    "cross_value",
-    "cross_attention_output",
+from spafit.fields import FieldError, FieldPath, Origin, choice, integer, plain, text
+from spafit.stratum import (
+    LINEAR_ROLES,
+    METHODS,
+    NORM_ROLES,
+    OUTSIDE_METHODS,
+    PEFT_METHODS,
+    PLACES,
+    ROLES,
+    LoraOptions,
+    Outside,
+    PeftOptions,
+    Stratum,
+    optimizer_words,
 )
-NORM_ROLES = ("attention_norm", "output_norm", "cross_attention_norm")
-ROLES = LINEAR_ROLES + NORM_ROLES
 
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """Options of the low-rank methods (``lora``, ``lora+…``, ``dora``).
-
-    The SPAFIT paper's rank is 64; its alpha and dropout are not known: alpha = rank and no dropout are this
-    project's defaults.
-
-    Attributes:
-        rank: rank of each update, at least 1.
-        alpha: numerator of the update's scale alpha / rank; None takes the rank.
-        dropout: dropout on the update's input, in [0, 1).
-        targets: roles of the linear maps that get an update.
-    """
-
-    rank: int = 64
-    alpha: float | None = None
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("query", "key", "value")
-
-    def __post_init__(self) -> None:
-        integer(self.rank, ("rank",), minimum=1)
-        object.__setattr__(self, "alpha", number(self.rank if self.alpha is None else self.alpha, ("alpha",)))
-        if self.alpha is None or self.alpha <= 0:
-            raise FieldError(("alpha",), f"got {self.alpha}; alpha must be above 0. Equal to the rank is our default.")
-        object.__setattr__(self, "dropout", float(number(self.dropout, ("dropout",))))
-        if not 0 <= self.dropout < 1:
-            raise FieldError(("dropout",), f"got {self.dropout}; allowed: at least 0 and below 1.")
-        object.__setattr__(self, "targets", name_list(self.targets, ("targets",), LINEAR_ROLES, "role of a linear map"))
-
-
-@dataclass(frozen=True)
-class Stratum:
-    """One contiguous range of blocks and the method that trains it.
-
-    Attributes:
-        stack: name of the block stack (``encoder``, ``decoder``, …).
-        blocks: half-open range ``(start, stop)``; block 0 follows the embeddings.
-        method: one of :data:`METHODS`. ``norm`` trains the weights (and biases) of the block's norms.
-        lora: options of the low-rank methods; None for other methods (defaults are filled in where needed).
-        bitfit: roles whose biases train under ``bitfit`` and ``lora+bitfit``; None means every bias of the block.
-        ia3: roles scaled under ``ia3``; None means key, value and output, as its authors do.
-
-    Raises:
-        ConfigError: empty range, unknown method or role, an option the method does not read, nothing to train.
-    """
-
-    stack: str
-    blocks: tuple[int, int]
-    method: str
-    lora: LoraOptions | None = None
-    bitfit: tuple[str, ...] | None = None
-    ia3: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        text(self.stack, ("stack",))
-        if isinstance(self.blocks, str) or not isinstance(self.blocks, Sequence) or len(self.blocks) != 2:
-            raise FieldError(
-                ("blocks",), f"got {self.blocks!r}; write two whole numbers, first and one past the last: [0, 5]."
-            )
-        start, stop = (integer(b, ("blocks", i), minimum=0) for i, b in enumerate(self.blocks))
-        if stop <= start:
-            raise FieldError(
-                ("blocks",),
-                f"the range [{start}, {stop}) holds no block; ranges are half-open, so the stop must be above the "
-                "start. Remove the stratum or widen it.",
-            )
-        object.__setattr__(self, "blocks", (start, stop))
-        choice(self.method, ("method",), METHODS, "method")
-        for option, used in (
-            ("lora", self.is_low_rank),
-            ("bitfit", "bitfit" in self.method),
-            ("ia3", self.method == "ia3"),
-        ):
-            if getattr(self, option) is not None and not used:
-                raise FieldError(
-                    (option,), f"method {self.method!r} does not read {option!r}. Remove it, or change the method."
-                )
-        if self.is_low_rank and self.lora is None:
-            object.__setattr__(self, "lora", LoraOptions())
-        if self.bitfit is not None:
-            object.__setattr__(self, "bitfit", name_list(self.bitfit, ("bitfit",), ROLES, "role"))
-        if self.method == "ia3":
-            wanted = ("key", "value", "output") if self.ia3 is None else self.ia3
-            object.__setattr__(self, "ia3", name_list(wanted, ("ia3",), LINEAR_ROLES, "role of a linear map"))
-
-    @property
-    def is_low_rank(self) -> bool:
-        """Whether the method reads ``lora`` options."""
-        return self.method.startswith("lora") or self.method == "dora"
-
-    @property
-    def trains(self) -> str:
-        """What trains, in words."""
-        parts = []
-        if self.lora is not None:
-            name = "DoRA" if self.method == "dora" else "LoRA"
-            parts.append(f"{name} rank {self.lora.rank} on {', '.join(self.lora.targets)}")
-        if "bitfit" in self.method:
-            parts.append("every bias" if self.bitfit is None else f"biases of {', '.join(self.bitfit)}")
-        if "norm" in self.method:
-            parts.append("norm weights")
-        if self.ia3 is not None:
-            parts.append(f"IA3 on {', '.join(self.ia3)}")
-        if self.method == "full":
-            parts.append("everything")
-        return "; ".join(parts) or "nothing"
-
-
-@dataclass(frozen=True)
-class Outside:
-    """What trains outside the blocks; each one of :data:`OUTSIDE_METHODS`. Defaults are SPAFIT's.
-
-    Attributes:
-        embeddings: the embedding tables and their norm.
-        pooler: the pooler between the last block and the head, where there is one.
-        head: the classifier or language-model head.
-        final_norm: the norm after the last block of pre-norm models.
-    """
-
-    embeddings: str = "freeze"
-    pooler: str = "bitfit"
-    head: str = "full"
-    final_norm: str = "freeze"
-
-    def __post_init__(self) -> None:
-        for name in ("embeddings", "pooler", "head", "final_norm"):
-            choice(getattr(self, name), (name,), OUTSIDE_METHODS, "method outside the blocks")
+__all__ = [
+    "LINEAR_ROLES",
+    "METHODS",
+    "NORM_ROLES",
+    "OUTSIDE_METHODS",
+    "PEFT_METHODS",
+    "ROLES",
+    "SCHEMA_VERSION",
+    "LoraOptions",
+    "Outside",
+    "PeftOptions",
+    "StrataConfig",
+    "Stratum",
+]
+SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -174,13 +56,14 @@ class StrataConfig:
         origin: file and lines, when read from a file; not compared.
 
     Raises:
-        ConfigError: gaps, overlaps, ranges beyond the stack, a stack without strata or without blocks.
+        ConfigError: gaps, overlaps, ranges beyond the stack, a stack without strata or without blocks; strata that
+            do not fit into one PEFT adapter.
     """
 
     model_id: str
     blocks: Mapping[str, int]
     strata: tuple[Stratum, ...]
-    outside: Outside = Outside()
+    outside: Outside = field(default_factory=Outside)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     origin: Origin | None = field(default=None, compare=False, repr=False)
 
@@ -195,6 +78,7 @@ class StrataConfig:
         object.__setattr__(self, "strata", tuple(self.strata))
         object.__setattr__(self, "provenance", plain(self.provenance, ("provenance",)))
         self._check_cover()
+        self._check_one_adapter()
 
     def _check_cover(self) -> None:
         for i, stratum in enumerate(self.strata):
@@ -239,6 +123,49 @@ class StrataConfig:
                     ("strata", own[-1][1], "blocks"),
                     f"the last stratum of stack {stack!r} ends at {end}, but model.blocks gives it {count} blocks, so "
                     f"[{end}, {count}) belong to no stratum. End it at {count}, or correct model.blocks.",
+                )
+
+    def _check_one_adapter(self) -> None:
+        """One plan is one stock PEFT adapter: one kind, one dropout, one scaling rule; only LoRA's carry biases."""
+        adapted = [(i, s) for i, s in enumerate(self.strata) if s.adapter is not None]
+        if not adapted:
+            return
+        k, first = adapted[0]
+        there = f"strata[{k}] ({_place(first)})"
+        for i, stratum in adapted[1:]:
+            here = f"strata[{i}] ({_place(stratum)})"
+            if stratum.adapter != first.adapter:
+                raise FieldError(
+                    ("strata", i, "method"),
+                    f"{here} is {stratum.method!r} and {there} is {first.method!r}; a plan is one PEFT adapter, of one "
+                    "kind (lora, lora+bitfit and lora+norm are one). Give both the same kind, or write norm or full "
+                    "for one of them.",
+                )
+            options: list[tuple[FieldPath, Any, Any]] = []
+            if stratum.lora is not None and first.lora is not None:
+                options = [
+                    (("lora", name), getattr(stratum.lora, name), getattr(first.lora, name))
+                    for name in ("dropout", "rslora")
+                ]
+            elif stratum.peft is not None and first.peft is not None:
+                options = [(("peft", "options"), stratum.peft.options, first.peft.options)]
+            for path, own, other in options:
+                if own != other:
+                    raise FieldError(
+                        ("strata", i, *path),
+                        f"{here} has {own} and {there} has {other}; a PEFT adapter has one {path[-1]} for all its "
+                        f"modules. Write the same in both.",
+                    )
+        if first.lora is not None:
+            return
+        places = ((("strata", i, "method"), s.method, f"strata[{i}] ({_place(s)})") for i, s in enumerate(self.strata))
+        outside = ((("outside", p), getattr(self.outside, p), f"outside.{p}") for p in PLACES)
+        for where, method, here in (*places, *outside):
+            if "bitfit" in method:
+                raise FieldError(
+                    where,
+                    f"{here} is {method!r} and {there} is {first.method!r}; only adapters of the kinds lora and dora "
+                    f"carry trained biases. Write norm, full or freeze for {here}, or lora for {there}.",
                 )
 
     def check_model(
@@ -320,11 +247,13 @@ class StrataConfig:
         blocks: Mapping[str, int] | int,
         bias_roles: Mapping[str, Collection[str]] | None = None,
         model_id: str = "unnamed",
+        roles: Mapping[str, Collection[str]] | None = None,
+        count: Callable[[StrataConfig], int] | None = None,
     ) -> StrataConfig:
         """A named plan; see :func:`spafit.presets.preset_config`."""
         from spafit.presets import preset_config
 
-        return preset_config(name, blocks=blocks, bias_roles=bias_roles, model_id=model_id)
+        return preset_config(name, blocks=blocks, bias_roles=bias_roles, model_id=model_id, roles=roles, count=count)
 
     @classmethod
     def from_boundaries(
@@ -415,10 +344,8 @@ class StrataConfig:
         widths = [max(len(r[c]) for r in rows) for c in range(4)]
         lines = [f"{self.model_id}: {_counts(self.blocks)}"]
         lines += ["  ".join([*(cell.ljust(w) for cell, w in zip(r, widths, strict=False)), r[4]]) for r in rows]
-        lines.append(
-            f"outside: embeddings {self.outside.embeddings}, pooler {self.outside.pooler}, "
-            f"head {self.outside.head}, final norm {self.outside.final_norm}"
-        )
+        places = [f"{place.replace('_', ' ')} {getattr(self.outside, place)}" for place in PLACES]
+        lines.append(f"outside: {', '.join([*places, *optimizer_words(self.outside)])}")
         if "tested" in self.provenance:
             lines.append(f"tested against baselines: {'yes' if self.provenance['tested'] else 'no'}")
         if "source" in self.provenance:
@@ -429,6 +356,10 @@ class StrataConfig:
         head = "".join(f"<th>{h}</th>" for h in ("stack", "blocks", "count", "method", "trains"))
         body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in self._rows())
         return f"<table><caption>{escape(self.model_id)}</caption><tr>{head}</tr>{body}</table>"
+
+
+def _place(stratum: Stratum) -> str:
+    return f"{stratum.stack} [{stratum.blocks[0]}, {stratum.blocks[1]})"
 
 
 def _counts(blocks: Mapping[str, int]) -> str:

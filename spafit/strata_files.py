@@ -13,8 +13,10 @@ import yaml
 
 from spafit.errors import ConfigError, did_you_mean
 from spafit.fields import FieldError, FieldPath, Origin, integer, within
-from spafit.strata import METHODS, SCHEMA_VERSION, LoraOptions, Outside, StrataConfig, Stratum
+from spafit.strata import SCHEMA_VERSION, StrataConfig
+from spafit.stratum import METHODS, PLACES, LoraOptions, Outside, PeftOptions, Stratum
 
+_OPTIONS = ("lora", "bitfit", "ia3", "peft", "learning_rate", "weight_decay")
 _SCALARS = {f"tag:yaml.org,2002:{t}" for t in ("str", "int", "float", "bool", "null")}
 #: Longest entry of provenance, in characters, that is written on one line.
 _ONE_LINE = 100
@@ -133,7 +135,8 @@ def _build(node: yaml.Node, path: FieldPath, lines: dict[FieldPath, int], loader
         content: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.value == "<<":
+            merges = key_node.value == "<<" and key_node.style is None
+            if not isinstance(key_node, yaml.ScalarNode) or merges:
                 lines[(*path, "<<")] = line
                 raise FieldError((*path, "<<"), "keys must be plain words; merge keys are not supported.")
             key = _text_of(key_node.value)
@@ -211,18 +214,26 @@ def config_from_plain(content: Any, *, origin: Origin | None = None) -> StrataCo
     strata = []
     for i, entry in enumerate(_list(top["strata"], ("strata",))):
         path: FieldPath = ("strata", i)
-        got = _fields(entry, path, ("stack", "blocks", "method"), ("lora", "bitfit", "ia3"), ignored)
-        for option in ("lora", "bitfit", "ia3"):
+        got = _fields(entry, path, ("stack", "blocks", "method"), _OPTIONS, ignored)
+        for option in _OPTIONS:
             if option in got and got[option] is None:
                 raise FieldError((*path, option), "nothing stands here. Write the options, or remove the field.")
         with within(*path):
             if "lora" in got:
-                options = _fields(got["lora"], ("lora",), (), ("rank", "alpha", "dropout", "targets"), ignored)
+                known = ("rank", "alpha", "dropout", "targets", "rslora")
+                options = _fields(got["lora"], ("lora",), (), known, ignored)
                 with within("lora"):
                     got["lora"] = LoraOptions(**options)
+            if "peft" in got:
+                options = _fields(got["peft"], ("peft",), (), ("targets", "options"), ignored)
+                with within("peft"):
+                    got["peft"] = PeftOptions(**options)
             strata.append(Stratum(**got))
-    places = ("embeddings", "pooler", "head", "final_norm")
-    outside = _fields(top.get("outside", {}), ("outside",), (), places, ignored)
+    around_fields = (*PLACES, "learning_rate", "weight_decay")
+    outside = _fields(top.get("outside", {}), ("outside",), (), around_fields, ignored)
+    for option, value in outside.items():
+        if value is None:
+            raise FieldError(("outside", option), "nothing stands here. Write a value, or remove the field.")
     with within("outside"):
         around = Outside(**outside)
     provenance = top.get("provenance", {})
@@ -254,13 +265,20 @@ def plain_from_config(config: StrataConfig) -> dict[str, Any]:
                 "dropout": s.lora.dropout,
                 "targets": list(s.lora.targets),
             }
+            if s.lora.rslora:
+                entry["lora"]["rslora"] = True
         for option in ("bitfit", "ia3"):
             if getattr(s, option) is not None:
                 entry[option] = list(getattr(s, option))
-        strata.append(entry)
-    outside = {"embeddings": config.outside.embeddings, "pooler": config.outside.pooler, "head": config.outside.head}
-    if config.outside.final_norm != "freeze":
-        outside["final_norm"] = config.outside.final_norm
+        if s.peft is not None:
+            entry["peft"] = {"targets": list(s.peft.targets)}
+            if s.peft.options:
+                entry["peft"]["options"] = json.loads(json.dumps(s.peft.options))
+        strata.append(entry | _optimizer_fields(s))
+    outside: dict[str, Any] = {place: getattr(config.outside, place) for place in PLACES}
+    if outside["final_norm"] == "freeze":
+        del outside["final_norm"]
+    outside |= _optimizer_fields(config.outside)
     content: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "model": {"id": config.model_id, "blocks": dict(config.blocks)},
@@ -270,6 +288,11 @@ def plain_from_config(config: StrataConfig) -> dict[str, Any]:
     if config.provenance:
         content["provenance"] = json.loads(json.dumps(config.provenance))
     return content
+
+
+def _optimizer_fields(part: Stratum | Outside) -> dict[str, float]:
+    fields = {"learning_rate": part.learning_rate, "weight_decay": part.weight_decay}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _flow(value: Any) -> Any:

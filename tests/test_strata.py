@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 from spafit.errors import ConfigError
 from spafit.layout import ROLES as LAYOUT_ROLES
 from spafit.presets import scaled_boundaries
-from spafit.strata import LINEAR_ROLES, METHODS, OUTSIDE_METHODS, ROLES, LoraOptions, Outside, StrataConfig, Stratum
+from spafit.strata import (
+    LINEAR_ROLES,
+    METHODS,
+    OUTSIDE_METHODS,
+    PEFT_METHODS,
+    ROLES,
+    LoraOptions,
+    Outside,
+    PeftOptions,
+    StrataConfig,
+    Stratum,
+)
 
 PAPER = """\
 schema_version: 1
@@ -46,20 +57,33 @@ def role_lists(allowed: tuple[str, ...]) -> st.SearchStrategy:
     return st.lists(st.sampled_from(allowed), min_size=1, unique=True).map(tuple)
 
 
+learning_rates = st.none() | st.floats(min_value=0, exclude_min=True, max_value=10)
+weight_decays = st.none() | st.floats(0, 10)
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> StrataConfig:
     stacks = draw(st.dictionaries(st.text(min_size=1, max_size=8), st.integers(1, 40), min_size=1, max_size=3))
+    # One plan is one adapter: what holds for all of its strata is drawn once.
+    kind = draw(st.sampled_from(["lora", "dora", "ia3", *PEFT_METHODS]))
+    allowed = [m for m in METHODS if (m not in ("dora", "ia3") and not m.startswith("lora")) or m.startswith(kind)]
+    allowed += [kind] * (kind in PEFT_METHODS)
+    if kind not in ("lora", "dora"):
+        allowed.remove("bitfit")
+    dropout, rslora = draw(st.floats(0, 1, exclude_max=True)), draw(st.booleans())
+    options = draw(st.dictionaries(st.from_regex("[a-z_]{1,8}", fullmatch=True), json_like, max_size=3))
     strata = []
     for stack, count in stacks.items():
         cuts = draw(st.sets(st.integers(1, count), max_size=5)) | {0, count}
         ends = sorted(cuts)
         for start, stop in itertools.pairwise(ends):
-            method = draw(st.sampled_from(METHODS))
+            method = draw(st.sampled_from(allowed))
             lora = LoraOptions(
                 draw(st.integers(1, 512)),
                 draw(st.none() | st.floats(1e-6, 1e6)),
-                draw(st.floats(0, 1, exclude_max=True)),
+                dropout,
                 draw(role_lists(LINEAR_ROLES)),
+                rslora,
             )
             strata.append(
                 Stratum(
@@ -69,9 +93,19 @@ def configs(draw: st.DrawFn) -> StrataConfig:
                     lora if method.startswith("lora") or method == "dora" else None,
                     draw(st.none() | role_lists(ROLES)) if "bitfit" in method else None,
                     draw(st.none() | role_lists(LINEAR_ROLES)) if method == "ia3" else None,
+                    PeftOptions(draw(role_lists(LINEAR_ROLES)), options) if method in PEFT_METHODS else None,
+                    draw(learning_rates) if method != "freeze" else None,
+                    draw(weight_decays) if method != "freeze" else None,
                 )
             )
-    outside = Outside(*(draw(st.sampled_from(OUTSIDE_METHODS)) for _ in range(4)))
+    places = [m for m in OUTSIDE_METHODS if m != "bitfit" or kind in ("lora", "dora")]
+    methods = [draw(st.sampled_from(places)) for _ in range(4)]
+    frozen = set(methods) == {"freeze"}
+    outside = Outside(
+        *methods,
+        learning_rate=None if frozen else draw(learning_rates),
+        weight_decay=None if frozen else draw(weight_decays),
+    )
     provenance = draw(st.dictionaries(st.text(max_size=12), json_like, max_size=4))
     return StrataConfig(draw(st.text(min_size=1, max_size=20)), stacks, tuple(strata), outside, provenance)
 
@@ -187,7 +221,7 @@ def test_third_stratum_leaves_out_roles_without_a_bias_and_says_so():
         ("spafit-scald-I", "Did you mean 'spafit-scaled-I'"),
         ("spafit-9-4-I", "N1 = 9 is above N2 = 4"),
         ("spafit-4-24-I", "has 24 blocks (0 to 23)"),
-        ("lora", "is not known"),
+        ("lorra", "Did you mean 'lora'"),
     ],
 )
 def test_unusable_preset_names_are_refused_with_the_remedy(name, words):
@@ -337,13 +371,13 @@ def test_bitfit_written_by_hand_for_a_model_without_biases_names_line_and_norm()
 
 
 def test_newer_files_load_with_one_warning_that_names_what_is_ignored():
-    newer = PAPER.replace("schema_version: 1", "schema_version: 9").replace("rank: 64", "rank: 64, rslora: true")
+    newer = PAPER.replace("schema_version: 1", "schema_version: 9").replace("rank: 64", "rank: 64, quantum: true")
     newer += "mood: sunny\n"
     with pytest.warns(UserWarning, match="schema version 9, newer") as caught:
         config = StrataConfig.from_yaml(newer, file="my.yaml")
     assert len(caught) == 1
     assert "mood" in str(caught[0].message)
-    assert "rslora" in str(caught[0].message)
+    assert "quantum" in str(caught[0].message)
     assert config == StrataConfig.from_yaml(PAPER)
     # Control: a file of this version warns of nothing, and its unknown fields are errors.
     with warnings.catch_warnings():
