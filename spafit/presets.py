@@ -262,7 +262,7 @@ def _named(name: str, model: _Model, *, whole: str) -> StrataConfig:
             return _spafit(f"spafit-scaled-{kind}", scaled_boundaries, model, kind)
         return _spafit_n1_n2(int(match[1]), int(match[2]), model, kind)
     inside = f" in {whole!r}" if whole != name else ""
-    hint = did_you_mean(f"{name.partition(':')[0]}:PRESET" if colon else name, PRESETS)
+    hint = did_you_mean(prefix, _DERIVED) if colon else did_you_mean(wanted, PRESETS)
     raise ConfigError(
         f"Preset {name!r}{inside} is not known. Allowed: {', '.join(PRESETS)} (N1, N2, K and SEED are whole numbers, "
         f"PRESET is a preset, as in spafit-4-9-I and reversed:last-3).{hint}"
@@ -302,8 +302,10 @@ def _last(k: int, model: _Model) -> StrataConfig:
     strata = []
     for stack, n in model.blocks.items():
         if k > n:
-            raise ConfigError(f"Preset {name!r}: stack {stack!r} has {n} block(s). Lower K, or use full.")
-        strata += [Stratum(stack, (0, n - k), "freeze")] * (k < n) + [Stratum(stack, (n - k, n), "full")]
+            raise ConfigError(f"Preset {name!r}: stack {stack!r} has {n} blocks. Lower K, or use full.")
+        if k < n:
+            strata.append(Stratum(stack, (0, n - k), "freeze"))
+        strata.append(Stratum(stack, (n - k, n), "full"))
     return model.config(name, strata, Outside(pooler="full", final_norm="full"))
 
 

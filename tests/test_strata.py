@@ -287,6 +287,101 @@ BROKEN = {
     "dropout of one": ("dropout: 0.0", "dropout: 1.0", 9, "strata[2].lora.dropout", "below 1"),
     "an option left empty": ("[intermediate, output, output_norm]", "", 10, "strata[2].bitfit", "remove the field"),
     "LoRA outside the blocks": ("head: full", "head: lora", 11, "outside.head", "freeze, bitfit, norm, full"),
+    "rsLoRA in words": ("rank: 64", "rank: 64, rslora: maybe", 9, "strata[2].lora.rslora", "true or false"),
+    "a learning rate where nothing trains": (
+        "method: freeze",
+        "method: freeze, learning_rate: 0.1",
+        4,
+        "strata[0].learning_rate",
+        "does not read",
+    ),
+    "a learning rate of zero": (
+        "method: bitfit}",
+        "method: bitfit, learning_rate: 0}",
+        5,
+        "strata[1].learning_rate",
+        "above 0",
+    ),
+    "a learning rate in words": (
+        "method: bitfit}",
+        "method: bitfit, learning_rate: high}",
+        5,
+        "strata[1].learning_rate",
+        "write a number",
+    ),
+    "a learning rate left empty": (
+        "method: bitfit}",
+        "method: bitfit, learning_rate: }",
+        5,
+        "strata[1].learning_rate",
+        "remove the field",
+    ),
+    "a negative weight decay": (
+        "method: bitfit}",
+        "method: bitfit, weight_decay: -1}",
+        5,
+        "strata[1].weight_decay",
+        "at least 0",
+    ),
+    "a misspelt learning rate": (
+        "method: bitfit}",
+        "method: bitfit, learning_rat: 1}",
+        5,
+        "strata[1].learning_rat",
+        "Did you mean 'learning_rate'",
+    ),
+    "an endless learning rate outside": (
+        "head: full",
+        "head: full, learning_rate: .inf",
+        11,
+        "outside.learning_rate",
+        "write a number",
+    ),
+    "a learning rate for a frozen outside": (
+        "pooler: bitfit, head: full",
+        "pooler: freeze, head: freeze, learning_rate: 0.1",
+        11,
+        "outside.learning_rate",
+        "nothing reads",
+    ),
+    "an outside field left empty": ("head: full", "head: ", 11, "outside.head", "remove the field"),
+    "two kinds of adapter": (
+        "method: bitfit}",
+        "method: ia3}",
+        8,
+        "strata[2].method",
+        "strata[2] (encoder [10, 24)) is 'lora+bitfit' and strata[1] (encoder [5, 10)) is 'ia3'",
+    ),
+    "LoRA beside DoRA": ("method: bitfit}", "method: dora}", 8, "strata[2].method", "Give both the same kind"),
+    "two dropouts": (
+        "method: bitfit}",
+        "method: lora, lora: {dropout: 0.5}}",
+        9,
+        "strata[2].lora.dropout",
+        "one dropout for all its modules. Write the same in both",
+    ),
+    "two scaling rules": (
+        "method: bitfit}",
+        "method: lora, lora: {rslora: true}}",
+        9,
+        "strata[2].lora.rslora",
+        "one rslora for all its modules",
+    ),
+    "BitFit beside IA3": (
+        "method: freeze}",
+        "method: ia3}",
+        8,
+        "strata[2].method",
+        "is 'ia3'",
+    ),
+    "a PEFT method misspelt": ("method: freeze}", "method: lohha}", 4, "strata[0].method", "Did you mean 'loha'"),
+    "PEFT options for another method": (
+        "method: bitfit}",
+        "method: bitfit, peft: {targets: [key]}}",
+        5,
+        "strata[1].peft",
+        "does not read",
+    ),
     "blocks that are not a mapping": ("{encoder: 24}", "24", 2, "model.blocks", "{encoder: 12}"),
     "a stack without blocks": ("encoder: 24", "encoder: 0", 2, "model.blocks.encoder", "at least 1"),
     "a field twice": ("id: bert-large-cased,", "id: a, id: b,", 2, "model.id", "twice"),
@@ -365,6 +460,130 @@ def test_bitfit_written_by_hand_for_a_model_without_biases_names_line_and_norm()
     with pytest.raises(ConfigError, match=r"line 2, model\.blocks.*the model has encoder of 12 blocks"):
         config.check_model({"encoder": 12})
     assert config.check_model({"encoder": 24}, bias_roles={"encoder": ROLES}) is config
+
+
+# -- one plan, one adapter --------------------------------------------------------------------------------------------
+
+NAMED = """\
+schema_version: 1
+model: {id: m, blocks: {encoder: 6}}
+strata:
+  - {stack: encoder, blocks: [0, 2], method: norm}
+  - stack: encoder
+    blocks: [2, 4]
+    method: loha
+    peft: {targets: [query, value], options: {r: 4, init_weights: true}}
+  - stack: encoder
+    blocks: [4, 6]
+    method: loha
+    peft: {targets: [output], options: {r: 4, init_weights: true}}
+    learning_rate: 1e-3
+outside: {pooler: freeze, learning_rate: 0.01, weight_decay: 0.1}
+"""
+
+
+def test_peft_methods_are_read_by_name_with_targets_of_their_own():
+    config = StrataConfig.from_yaml(NAMED)
+    assert [s.adapter for s in config.strata] == [None, "loha", "loha"]
+    assert config.strata[1].peft == PeftOptions(("query", "value"), {"r": 4, "init_weights": True})
+    assert config.strata[2].learning_rate == 0.001
+    assert (config.outside.learning_rate, config.outside.weight_decay) == (0.01, 0.1)
+    assert StrataConfig.from_yaml(config.to_yaml()) == config
+    text = config.describe()
+    assert "loha on output, r 4, init_weights True; learning rate 0.001" in text
+    assert "final norm freeze, learning rate 0.01, weight decay 0.1" in text
+    assert Stratum("encoder", (0, 1), "vera").peft == PeftOptions()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "field", "words"),
+    [
+        (
+            "[output], options: {r: 4,",
+            "[output], options: {r: 8,",
+            12,
+            "strata[2].peft.options",
+            "Write the same in both",
+        ),
+        ("method: norm", "method: bitfit", 4, "strata[0].method", "strata[1] (encoder [2, 4)) is 'loha'"),
+        ("pooler: freeze", "pooler: bitfit", 14, "outside.pooler", "carry trained biases"),
+        ("pooler: freeze, ", "", 14, "outside.pooler", "Write norm, full or freeze for outside.pooler"),
+        ("targets: [output]", "targets: [output_norm]", 12, "strata[2].peft.targets[0]", "linear map"),
+        ("targets: [output]", "target: [output]", 12, "strata[2].peft.target", "Did you mean 'targets'"),
+        ("{r: 4, init", "{r: .nan, init", 8, "strata[1].peft.options.r", "finite"),
+        ("{r: 4, init", "{2r: 4, init", 8, "strata[1].peft.options", "not the name of a PEFT option"),
+        ("{r: 4, init", "{bias: all, init", 8, "strata[1].peft.options.bias", "follows from the plan"),
+        ("options: {r: 4, init_weights: true}", "options: 4", 8, "strata[1].peft.options", "write a mapping"),
+    ],
+)
+def test_a_plan_that_is_not_one_adapter_is_refused_with_both_places(old, new, line, field, words):
+    assert old in NAMED
+    with pytest.raises(ConfigError) as caught:
+        StrataConfig.from_yaml(NAMED.replace(old, new, 1), file="my.yaml")
+    assert str(caught.value).startswith(f"my.yaml, line {line}, {field}:"), caught.value
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_ranks_alphas_and_targets_may_differ_and_lora_goes_with_biases_and_norms():
+    strata = (
+        Stratum("encoder", (0, 1), "lora", LoraOptions(4, 8, targets=("key",))),
+        Stratum("encoder", (1, 2), "lora+bitfit", LoraOptions(8, 1)),
+        Stratum("encoder", (2, 3), "lora+norm", LoraOptions(16)),
+        Stratum("encoder", (3, 4), "bitfit", weight_decay=0),
+    )
+    assert StrataConfig("m", {"encoder": 4}, strata).strata == strata
+    # DoRA is a LoRA configuration too, so biases may train beside it.
+    StrataConfig("m", {"encoder": 2}, (Stratum("encoder", (0, 1), "dora"), Stratum("encoder", (1, 2), "bitfit")))
+
+
+def test_fields_at_their_defaults_are_not_written():
+    text = StrataConfig.preset("spafit-scaled-I", blocks=6).to_yaml()
+    assert not any(word in text for word in ("rslora", "learning_rate", "weight_decay", "peft:", "final_norm"))
+    written = StrataConfig("m", {"encoder": 1}, (Stratum("encoder", (0, 1), "lora", LoraOptions(rslora=True)),))
+    assert "rslora: true" in written.to_yaml()
+
+
+def test_a_quoted_key_that_looks_like_a_merge_key_is_text():
+    config = StrataConfig.preset("head", blocks=2).with_provenance({"<<": 1})
+    assert StrataConfig.from_yaml(config.to_yaml()) == config
+
+
+@pytest.fixture(scope="module")
+def peft_configs():
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+def test_methods_by_name_are_those_of_peft_that_take_target_modules(peft_configs):
+    for name in PEFT_METHODS:
+        fields = peft_configs[name].__dataclass_fields__
+        assert {"target_modules", "modules_to_save"} <= set(fields), name
+    assert not set(PEFT_METHODS) & set(METHODS)
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own, which differ from method to method
+def test_methods_by_name_put_tensors_of_their_own_on_each_target_and_nowhere_else(peft_configs):
+    import torch
+    from peft import get_peft_model
+
+    def trained(name: str, **options: object) -> tuple[set[str], set[str], set[str]]:
+        model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))
+        extra = {"adalora": {"total_step": 10}, "c3a": {"block_size": 32}, "vblora": {"vector_length": 32}}
+        wrapped = get_peft_model(model, peft_configs[name](target_modules=["0", "2"], **extra.get(name, {})))
+        names = {n.removeprefix("base_model.model.") for n, p in wrapped.named_parameters() if p.requires_grad}
+        return {n for n in names if n.startswith("0.")}, {n for n in names if n.startswith("2.")}, names
+
+    for name in PEFT_METHODS:
+        first, second, everything = trained(name)
+        assert first, name
+        assert everything == first | second, name
+        assert {n[2:] for n in first} == {n[2:] for n in second}, name
+    # Control: methods that are left out because their modules share tensors.
+    for name in ("vblora", "unilora"):
+        first, second, everything = trained(name)
+        assert {n[2:] for n in first} != {n[2:] for n in second} or everything != first | second, name
 
 
 # -- newer files ------------------------------------------------------------------------------------------------------
