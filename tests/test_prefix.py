@@ -134,7 +134,7 @@ def train(
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> bool:
-    return bool((got - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max())))
+    return bool((got - expected).detach().abs().max() <= tolerance * max(1.0, float(expected.detach().abs().max())))
 
 
 def shuffled_batches(count: int, size: int = 4) -> list[dict[str, torch.Tensor]]:
@@ -398,6 +398,19 @@ def test_states_are_kept_in_the_model_s_own_precision(tmp_path: Path) -> None:
     batch = batch_of(data, range(8))
     model.model.eval()
     assert close(run(model, batch, cache).logits, run(model, batch, None).logits, 0.05)
+
+
+def test_under_autocast_the_cache_gives_what_autocast_gives(tmp_path: Path) -> None:
+    model, data = stratified("bert"), texts()
+    single = build(model, data, tmp_path)
+    batch = batch_of(data, range(8))
+    model.model.eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = build(model, data, tmp_path)
+        expected = run(model, batch, None).logits.float()
+        assert not mixed.reused
+        assert mixed.stacks == single.stacks  # a post-norm block ends in float32
+        assert close(run(model, batch, mixed).logits.float(), expected, 0.02)
 
 
 def test_checkpointing_of_the_trained_blocks_works_above_the_cache(tmp_path: Path) -> None:
