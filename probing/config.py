@@ -44,7 +44,8 @@ class ProbeConfig:
         offline: never ask the hub.
         allow_pickle: accept pickle weight files, which can only be as trustworthy as their author.
         out: output folder; None is ``runs/<model>``.
-        overwrite: ``missing`` computes what is not there, ``always`` all, ``never`` refuses a folder with a run in it.
+        overwrite: for a folder with a run in it. ``missing`` goes on with the same options or with more tasks and
+            refuses others, ``always`` removes that run first, ``never`` refuses.
     """
 
     model: str | None = None

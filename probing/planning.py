@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probing.config import ProbeConfig
+from probing.earlier import check_same_run, find_run
 from probing.fitting import ProbeSettings, training_rows
 from probing.parts import is_finished
 from probing.tasks.base import ITEM_COLUMNS, Task, Text
@@ -168,6 +169,7 @@ def plan_probing(
 
     Raises:
         SpafitError: see :func:`probe_layers`. The output folder and the tasks are checked before the model is loaded.
+        OutputError: the output folder holds a run with other options, whose results would be replaced.
     """
     from probing.extraction import plan_extraction
     from probing.forward import pick_stack
@@ -179,6 +181,8 @@ def plan_probing(
         _check_writable(Path(config.out), config.overwrite)
     with timed(seconds, "read tasks"):
         tasks, failed = _read_tasks(() if only_given else config.tasks, given=given, limit=config.limit)
+    if (earlier := find_run(config)) is not None:
+        check_same_run(earlier, config, tasks)
     device = pick_device(config.device)
     with timed(seconds, "load model"):
         reference = config.model if model is None else model
@@ -196,6 +200,7 @@ def plan_probing(
     out = Path(config.out) if config.out is not None else Path("runs") / loaded.name
     if config.out is None:
         _check_writable(out, config.overwrite)
+    check_same_run(out, config, tasks, loaded=loaded)
     settings = ProbeSettings(
         seeds=config.seeds,
         max_train=config.max_train,

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from probing.config import Overwrite, ProbeConfig
+from probing.earlier import clear_run
 from probing.fitting import States, TaskFit, fit_task
 from probing.parts import read_part, write_part
 from probing.planning import ProbePlan, extraction_options, plan_probing, timed
@@ -67,6 +68,8 @@ def probe_layers(
 
     Raises:
         SpafitError: bad options, a model or all tasks that cannot be used, an output folder that cannot be written.
+        OutputError: ``out`` holds a run with other options, whose results would be replaced. The same options go on
+            with that run and more tasks are added to it; ``overwrite="always"`` removes it first.
     """
     config = ProbeConfig(
         model=None if model is None else model if isinstance(model, str) else _reference(model),
@@ -110,6 +113,8 @@ def run_plan(plan: ProbePlan, *, command: str | None = None, quiet: bool = False
     """
     config, started = plan.config, time.time()
     seconds = dict(plan.seconds)
+    if config.overwrite == "always":
+        clear_run(plan.out)
     status: dict[str, dict[str, Any]] = {
         **{name: {"status": "failed", "error": why} for name, why in plan.failed.items()},
         **{t.name: {**_facts(t), "status": "done" if t.name in plan.done else "waiting"} for t in plan.tasks},

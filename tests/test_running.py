@@ -92,7 +92,7 @@ def test_cold_warm_and_elsewhere_give_the_same_bytes(small_bert, tmp_path, cache
 
 def test_changed_settings_are_not_taken_for_finished_work(small_bert, tmp_path, cache):
     first = quick(small_bert, tmp_path / "run").scores
-    second = quick(small_bert, tmp_path / "run", max_train=50).scores
+    second = quick(small_bert, tmp_path / "run", max_train=50, overwrite="always").scores
     assert (first["n_train"] > 100).all()
     assert (second["n_train"] == 50).all()
 
@@ -257,7 +257,7 @@ def test_an_unfinished_run_leaves_no_other_runs_tables(small_bert, tmp_path, cac
 
     monkeypatch.setattr(probing.running, "fit_task", stop)
     with pytest.raises(KeyboardInterrupt):
-        quick(small_bert, tmp_path / "run", max_train=40)
+        quick(small_bert, tmp_path / "run", max_train=40, overwrite="always")
     assert not (tmp_path / "run" / "scores.parquet").exists()
 
 

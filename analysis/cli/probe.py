@@ -136,7 +136,8 @@ def probe(
         _option(
             _OUT,
             "--overwrite",
-            help="missing: compute what is not there; always: all; never: refuse. Default: missing.",
+            help="If --out holds a run. missing: go on with the same options or more tasks, refuse others; "
+            "always: remove that run first; never: refuse. Default: missing.",
         ),
     ] = None,
     json_output: Annotated[bool, _option(_OUT, "--json", help="Print JSON instead of the table.")] = False,
