@@ -31,6 +31,7 @@ Verdict = Literal["supported", "refuted", "inconclusive"]
 
 #: What the test speaks about, for a reader.
 TESTED = "order of emergence (L1) only"
+NOTHING_TESTED = "nothing: too few tasks"
 
 _NOT_TESTED = {
     "L2": "Not tested: whether intervening on a range of layers harms its own kind of knowledge more than on any other "
@@ -133,7 +134,7 @@ class LocalizationTest:
     Attributes:
         verdict: ``supported``, ``refuted`` or ``inconclusive``, about what ``tested`` names.
         sentence: the verdict in words for a reader.
-        tested: what was tested.
+        tested: what was tested, in words; ``nothing: too few tasks`` where not even L1 could be.
         conditions: L1 to L4.
         tasks: every task that was given, with its depth or why it was left out.
         hypothesis: what was claimed.
@@ -294,7 +295,8 @@ def localization_test(
         caution += ", on scores that no control was subtracted from"
     sentence = f"{words} {l1.sentence} {caution}; whether the model uses what the probes find was not tested."
     others = tuple(Condition(name, False, text) for name, text in _NOT_TESTED.items())
-    return LocalizationTest(verdict, sentence, TESTED, (l1, *others), tasks, claim, depth, power)
+    tested = TESTED if l1.tested else NOTHING_TESTED
+    return LocalizationTest(verdict, sentence, tested, (l1, *others), tasks, claim, depth, power)
 
 
 def order_verdict(
@@ -347,13 +349,12 @@ def _order(
     left_out = [t.task for t in tasks if not t.used and t.level in claim.levels]
     without = f" Left out because they cannot be dated: {', '.join(left_out)}." if left_out else ""
     counts = [sum(t.level == level for t in used) for level in claim.levels]
-    short = [
-        f"{level} has {n} usable task{'s' * (n != 1)}"
-        for level, n in zip(claim.levels, counts, strict=True)
-        if n < claim.min_tasks
-    ]
-    if short:
-        sentence = f"The order was not tested: {' and '.join(short)}, fewer than {claim.min_tasks}.{without}"
+    if min(counts) < claim.min_tasks:
+        usable = _listed([f"{n or 'no'} {level}" for level, n in zip(claim.levels, counts, strict=True)])
+        sentence = (
+            f"The order was not tested: it needs {claim.min_tasks} usable tasks of each level, and there are {usable} "
+            f"tasks.{without}"
+        )
         return Condition("L1", False, sentence), "inconclusive", ()
 
     depths = np.array([t.depth for t in used])

@@ -177,7 +177,12 @@ def test_too_few_tasks_are_inconclusive_and_named():
     random = np.random.default_rng(7)
     short = localization_test(world((2, 5, 8), (1, 3, 3), random=random))
     assert (short.verdict, short.conditions[0].tested) == ("inconclusive", False)
-    assert "surface has 1 usable task, fewer than 2" in short.sentence
+    assert "it needs 2 usable tasks of each level" in short.sentence
+    assert "there are 1 surface, 3 syntax and 3 semantics tasks." in short.sentence
+    assert short.tested == "nothing: too few tasks"
+    assert "order of emergence (L1)" not in short._repr_html_()
+    none = localization_test(world((2, 5, 8), (0, 1, 0), random=random))
+    assert "there are no surface, 1 syntax and no semantics tasks." in none.sentence
     two = Hypothesis(levels=("surface", "semantics"))
     reachable = localization_test(world((2, 5, 6), (2, 0, 2), sd=2, random=random), two)
     assert reachable.conditions[0].smallest_p == pytest.approx(1 / 6)
