@@ -286,8 +286,15 @@ def _strata(suggestion: StrataSuggestion) -> dict[str, Any]:
     return {"stacks": stacks, "explanation": explanation, "yaml": config.to_yaml()}
 
 
-def _or_nan(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
+def _undated(summaries: pd.DataFrame) -> int:
+    """Number of tasks without a date on the curves that the verdict uses: bits, above the random encoder if it ran."""
+    if summaries.empty:
+        return 0
+    used = summaries[(summaries["statistic"] == "emergence_cog") & (summaries["metric"] == "bits")]
+    used = used[used["control"] == ("random-encoder" if (used["control"] == "random-encoder").any() else "none")]
+    if (used["site"] == "block").any():
+        used = used[used["site"] == "block"]
+    return int(used.drop_duplicates("task")["value"].isna().sum())
 
 
 def _seconds(seconds: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -325,7 +332,7 @@ def caveats(
         )
     if bad := int((~own["converged"].astype(bool)).sum()):
         found.append(f"{bad:,} of {len(own):,} rows rest on fits that did not converge; their scores may be too low.")
-    if not summaries.empty and (empty := summaries[summaries["value"].isna()]["task"].nunique()):
+    if empty := _undated(summaries):
         found.append(
             f"The depth of emergence is suppressed for {empty} task{'s' if empty > 1 else ''}: the gain over layers is "
             "within noise, or too small to date, and says nothing about order."

@@ -259,6 +259,15 @@ def test_caveats_follow_the_run(results):
     assert "One fit per point" in " ".join(caveats(run, once, summaries))
 
 
+def test_suppressed_dates_are_counted_on_the_curves_that_the_verdict_uses(results):
+    own = results.summaries[results.summaries["statistic"] == "emergence_cog"]
+    accuracy = own.assign(metric="accuracy", control="none", value=float("nan"))
+    both = pd.concat([accuracy, results.summaries], ignore_index=True)
+    assert "suppressed for 1 task:" in " ".join(caveats(results.run, results.scores, both))
+    dated = both.assign(value=both["value"].where(both["metric"] == "accuracy", 1.0))
+    assert "suppressed" not in " ".join(caveats(results.run, results.scores, dated))
+
+
 def test_the_facts_are_those_of_the_run(results):
     facts = dict(report_content(results, verdict=None, suggestion=None)["facts"])
     assert facts["Texts"] == "8,412"
