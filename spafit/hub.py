@@ -350,3 +350,23 @@ def _explain(error: BaseException, name: str, revision: str | None, timeout_s: f
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def push_folder(folder: Path, repository: str) -> str:
+    """Upload a folder to a model repository of the hub (made if missing); return its address.
+
+    Raises:
+        HubError: the hub did not answer, or refused.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=str(folder)))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise HubError(
+            f"{folder.name} could not be pushed to {repository!r} ({str(error).splitlines()[0]}). Log in with "
+            "`hf auth login` and a token that may write; the model is kept in its folder."
+        ) from error

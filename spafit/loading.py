@@ -37,20 +37,26 @@ def load_backbone(found: Located, *, dtype: str, notes: list[str]) -> nn.Module:
     import transformers
 
     if found.kind == "gguf":
-        model, info = _from_pretrained(transformers.AutoModel, found, dtype=dtype, gguf_file=found.weights[0])
+        model, info = from_files(transformers.AutoModel, found, dtype=dtype, gguf_file=found.weights[0])
         notes.append(f"weights de-quantised from {found.weights[0]}, so not exactly those that were trained")
     else:
         config = read_config(found.folder / "config.json")
         named = next(iter(config.get("architectures") or ()), "")
         # Half of a two-stack model saved by itself; every other backbone is what AutoModel makes of the model type.
         half = re.fullmatch(r"\w+(Encoder|Text|Vision)Model", named) and getattr(transformers, named, None)
-        model, info = _from_pretrained(half or transformers.AutoModel, found, dtype=dtype)
+        model, info = from_files(half or transformers.AutoModel, found, dtype=dtype)
     _check_whole(model, info, found, notes)
     return model
 
 
-def _from_pretrained(auto: Any, found: Located, *, dtype: str, **settings: Any) -> tuple[Any, dict[str, Any]]:
-    """Load with transformers' own loader, from files only; what it cannot read is a ModelError."""
+def from_files(auto: Any, found: Located, *, dtype: str, seed: int = 0, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """Load with a loader of transformers, from files only; return the model and what was missing or left over.
+
+    Parts that the checkpoint lacks are drawn from ``seed``.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
     import struct
     from pickle import UnpicklingError
 
@@ -68,7 +74,7 @@ def _from_pretrained(auto: Any, found: Located, *, dtype: str, **settings: Any) 
         arguments["use_safetensors"] = found.weights[0].endswith((".safetensors", ".safetensors.index.json"))
         arguments["weights_only"] = True
     # Parts that the checkpoint lacks (a pooler) are drawn anew: from a fixed seed, so that digests stay equal.
-    with torch_seed(0, "missing weights"), quiet(), _own_warnings(), _no_bar("gguf_file" in settings):
+    with torch_seed(seed, "missing weights"), quiet(), _own_warnings(), _no_bar("gguf_file" in settings):
         try:
             model, info = auto.from_pretrained(str(found.folder), **arguments)
         except ImportError as error:
@@ -196,7 +202,7 @@ def load_adapted(adapter: Located, base: Located, *, dtype: str, notes: list[str
     if labels is not None and "Classification" in named:
         settings["num_labels"] = labels
     base_notes: list[str] = []
-    model, info = _from_pretrained(auto, base, dtype=dtype, **settings)
+    model, info = from_files(auto, base, dtype=dtype, **settings)
     _check_whole(model, info, base, base_notes)
     digest = model_digest(model.base_model)
     with quiet(), _own_warnings():

@@ -13,16 +13,23 @@ from analysis.cli.cite import cite
 from analysis.cli.probe import EXAMPLES, probe
 from analysis.cli.report import report
 from analysis.cli.tasks import tasks_app
+from analysis.cli.train import EXAMPLES as TRAIN_EXAMPLES
+from analysis.cli.train import train
+from analysis.cli.use import evaluate, merge, predict
 
 app = typer.Typer(
     name="spafit",
-    help="Probe every layer of a transformer, test the layer-localization hypothesis, and suggest fine-tuning strata.",
+    help="Probe every layer of a transformer, test the layer-localization hypothesis, suggest strata, and train them.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("probe", epilog=EXAMPLES)(probe)
+app.command("train", epilog=TRAIN_EXAMPLES)(train)
+app.command("evaluate")(evaluate)
+app.command("predict")(predict)
+app.command("merge")(merge)
 app.command("report")(report)
 app.command("cite")(cite)
 app.add_typer(tasks_app, name="tasks")

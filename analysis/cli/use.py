@@ -1,0 +1,139 @@
+"""``spafit evaluate``, ``spafit predict``, ``spafit merge``: use what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from analysis.cli.train import (
+    Data,
+    Debug,
+    Device,
+    Files,
+    GlueTask,
+    Json,
+    LabelColumn,
+    NoHeader,
+    Offline,
+    Quiet,
+    Text2Column,
+    TextColumn,
+    read_training_data,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from spafit.adapt import StratifiedModel
+
+Folder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a trained model (…/seed-0/model).")]
+
+
+def evaluate(
+    folder: Folder,
+    table: Annotated[Path | None, typer.Option("--table", help="A table with labels.")] = None,
+    task: GlueTask = None,
+    data: Data = None,
+    file: Files = None,
+    text: TextColumn = "text",
+    text2: Text2Column = None,
+    label: LabelColumn = "label",
+    no_header: NoHeader = False,
+    offline: Offline = False,
+    device: Device = "auto",
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score a trained model on a table or a GLUE task's labelled splits.
+
+    Example: `spafit evaluate runs/train/default-rte-spafit-scaled-I/seed-0/model --task rte --data glue_data`
+    """
+    from spafit.batches import encode
+    from spafit.metrics import compute_metrics, headline
+    from spafit.training import predict_logits, predicted
+
+    stratified, tokenizer, base = _load(folder, offline=offline, device=device)
+    given = read_training_data(
+        task, data, file, {"table": table}, text=text, text2=text2, label=label, regression=base["regression"],
+        header=not no_header, metrics=None, offline=offline, labels=_labels(base),
+    )  # fmt: skip
+    scores: dict[str, dict[str, float]] = {}
+    for split in given.scored_splits:
+        encoded = encode(given.frames[split], tokenizer, max_length=512, regression=given.regression)
+        logits = predict_logits(stratified.model, encoded, tokenizer)
+        assert encoded.labels is not None
+        found = compute_metrics(given.metrics, predicted(logits, regression=given.regression), encoded.labels)
+        scores[split] = {**found, "headline": headline(found, given.metrics), "items": len(encoded)}
+    if json_output:
+        import json
+
+        typer.echo(json.dumps(scores, indent=1))
+        return
+    for split, found in scores.items():
+        typer.echo(f"{split}: " + ", ".join(f"{k} {v:.4f}" if k != "items" else f"{v} items" for k, v in found.items()))
+
+
+def predict(
+    folder: Folder,
+    table: Annotated[Path, typer.Argument(help="Any table: TSV, CSV, JSONL, parquet.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where predictions go (.parquet and .csv are added).")],
+    text: TextColumn = "text",
+    text2: Text2Column = None,
+    no_header: NoHeader = False,
+    offline: Offline = False,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Predict every row of a table: class and probabilities, or a value.
+
+    Example: `spafit predict runs/train/mine/seed-0/model new.tsv --text sentence --out predicted`
+    """
+    from spafit.batches import encode
+    from spafit.training import predict_logits, write_scores
+
+    stratified, tokenizer, base = _load(folder, offline=offline, device=device)
+    given = read_training_data(
+        None, None, None, {"table": table}, text=text, text2=text2, label=None, regression=base["regression"],
+        header=not no_header, metrics=None, offline=offline, labels=_labels(base),
+    )  # fmt: skip
+    frame = given.frames["table"]
+    encoded = encode(frame, tokenizer, max_length=512, regression=given.regression)
+    written = write_scores(out, frame, predict_logits(stratified.model, encoded, tokenizer), given)
+    if not quiet:
+        typer.echo(written.head(5).to_string(index=False))
+        typer.echo(f"{len(written)} rows written to {out}.parquet and {out}.csv")
+
+
+def merge(
+    folder: Folder,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
+    offline: Offline = False,
+    debug: Debug = False,
+) -> None:
+    """Merge an adapter into its base and write a plain transformers model.
+
+    Example: `spafit merge runs/train/default-rte-spafit-scaled-I/seed-0/model --out merged`
+    """
+    stratified, tokenizer, _ = _load(folder, offline=offline, device="cpu")
+    out.mkdir(parents=True, exist_ok=True)
+    stratified.merge().save_pretrained(str(out))
+    tokenizer.save_pretrained(str(out))
+    typer.echo(f"Merged model written to {out}. Probe it with: spafit-probe --model {out}")
+
+
+def _load(folder: Path, *, offline: bool, device: str) -> tuple[StratifiedModel, Any, dict[str, Any]]:
+    from spafit.checkpoint import load, read_config
+    from spafit.hub import locate
+    from spafit.loading import load_tokenizer
+    from spafit.runtime import pick_device
+
+    content = read_config(folder)
+    stratified = load(folder, offline=offline)
+    stratified.model.eval().to(pick_device(device))
+    tokenizer = load_tokenizer([locate(str(folder))], required=True)
+    return stratified, tokenizer, content["base"]
+
+
+def _labels(base: dict[str, Any]) -> tuple[str, ...] | None:
+    return None if base.get("labels") is None else tuple(base["labels"])

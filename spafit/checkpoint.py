@@ -1,0 +1,290 @@
+"""Save a trained model as a stock PEFT folder, load it again with its plan, and write a model card."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spafit import io
+from spafit.adapt import ADAPTER, StratifiedModel, apply_strata, canonical_name, canonical_parameters
+from spafit.errors import ModelError
+from spafit.strata import StrataConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+CONFIG_FILE = "spafit_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def save(
+    stratified: StratifiedModel,
+    directory: str | Path,
+    *,
+    base: Mapping[str, Any] | None = None,
+    card: str | None = None,
+) -> Path:
+    """Write what trained into ``directory``; return it.
+
+    With an adapter the folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's own format,
+    with only the biases that train, so that plain ``peft`` and plain ``transformers`` load it. A model of which
+    everything trains is written as a plain transformers folder. ``spafit_config.json`` beside either holds the plan,
+    the exact names and sizes that train, and a digest of the base.
+
+    Args:
+        stratified: the model.
+        directory: made if missing.
+        base: where the base can be had: ``reference``, ``revision``, ``head``, ``labels``, ``regression``.
+        card: text of the model card (README.md); none by default.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    folder = Path(directory)
+    model = stratified.model
+    source = dict(base or {})
+    if stratified.is_adapter:
+        config = model.peft_config[ADAPTER]
+        before = (config.inference_mode, config.base_model_name_or_path, config.revision)
+        named = source.get("folder") or source.get("reference") or before[1]
+        config.inference_mode, config.base_model_name_or_path = True, None if named is None else str(named)
+        config.revision = source.get("revision") or before[2]
+        try:
+            io.write_json(folder / "adapter_config.json", _adapter_config(config))
+        finally:
+            config.inference_mode, config.base_model_name_or_path, config.revision = before
+        _write_tensors(folder / WEIGHTS_FILE, adapter_state(stratified))
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(str(folder))
+    io.write_json(
+        folder / CONFIG_FILE,
+        {
+            "schema_version": io.SCHEMA_VERSION,
+            "plan": stratified.config.to_dict(),
+            "trainable": dict(stratified.trainable),
+            "base": {**{k: v for k, v in source.items() if k != "folder"}, "digest": base_digest(stratified)},
+        },
+    )
+    if card is not None:
+        io.write_text(folder / "README.md", card)
+    return folder
+
+
+def adapter_state(stratified: StratifiedModel) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter file under PEFT's names: what trains, and nothing else."""
+    from peft import get_peft_model_state_dict
+
+    model = stratified.model
+    trained = {n: p.detach() for n, p in model.named_parameters() if canonical_name(n) in stratified.trainable}
+    state = {n: t for n, t in model.state_dict().items() if n in trained or ".modules_to_save." in n}
+    kept = get_peft_model_state_dict(model, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False)
+    # With bias="all" PEFT lists the biases of modules that are saved whole a second time, under an inner name.
+    return {
+        n: t.contiguous()
+        for n, t in kept.items()
+        if ".modules_to_save." not in f"{n}." and ".original_module." not in f"{n}."
+    }
+
+
+def load(
+    directory: str | Path,
+    base: nn.Module | None = None,
+    *,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    dtype: str = "float32",
+) -> StratifiedModel:
+    """Load what :func:`save` wrote, with its plan, ready to be used or trained on.
+
+    Args:
+        directory: the folder.
+        base: a fresh base model with the same head; by default it is loaded from where the folder says.
+        offline: never ask the hub for the base.
+        allow_pickle: accept a base with pickle weights.
+        dtype: precision of a base that is loaded here.
+
+    Raises:
+        ModelError: the folder is not whole, or the base is not the one that the adapter was trained on.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(directory)
+    content = read_config(folder)
+    config = StrataConfig.from_dict(content["plan"])
+    source = content["base"]
+    adapter = (folder / "adapter_config.json").is_file()
+    if base is None:
+        from spafit.heads import load_with_head
+
+        reference = source.get("reference")
+        if adapter and reference is None:
+            raise ModelError(f"{folder} does not say where its base is. Load the base yourself: load(folder, base).")
+        base = load_with_head(
+            reference if adapter else str(folder),
+            head=source.get("head", "sequence-classification"),
+            labels=source.get("labels"),
+            regression=bool(source.get("regression")),
+            revision=source.get("revision") if adapter else None,
+            offline=offline,
+            allow_pickle=allow_pickle,
+            dtype=dtype,  # type: ignore[arg-type]
+        ).model
+    stratified = apply_strata(base, config)
+    if dict(stratified.trainable) != content["trainable"]:
+        differ = sorted(set(stratified.trainable.items()) ^ {(k, v) for k, v in content["trainable"].items()})
+        raise ModelError(
+            f"{folder} was trained with other parameters than its plan gives on this base ({differ[0][0]}, …). Use the "
+            "base and the number of labels that it was trained on."
+        )
+    if not adapter:
+        return stratified
+    if base_digest(stratified) != source["digest"]:
+        raise ModelError(
+            f"The base is not the one that {folder} was trained on (digest {base_digest(stratified)[:12]}, expected "
+            f"{source['digest'][:12]}). Load {source.get('reference') or 'the same base'}"
+            + (f" at revision {source['revision']}." if source.get("revision") else ", untouched by other training.")
+        )
+    try:
+        state = load_file(str(folder / WEIGHTS_FILE))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder / WEIGHTS_FILE} cannot be read ({error}). Save or copy it again.") from error
+    load_state(stratified, state)
+    return stratified
+
+
+def load_state(stratified: StratifiedModel, state: Mapping[str, torch.Tensor]) -> None:
+    """Put an adapter's tensors (PEFT's names) into a wrapped model, exactly; every one that trains must be there.
+
+    Raises:
+        ModelError: tensors are missing, left over, or of another shape.
+    """
+    import torch
+
+    named = {canonical_name(n): t for n, t in state.items()}
+    missing, extra = sorted(set(stratified.trainable) - set(named)), sorted(set(named) - set(stratified.trainable))
+    parameters = canonical_parameters(stratified.model)
+    wrong = [n for n, t in named.items() if n in parameters and parameters[n].shape != t.shape]
+    if missing or extra or wrong:
+        first = (missing or extra or wrong)[0]
+        raise ModelError(
+            f"The saved weights do not fit the plan: {len(missing)} missing, {len(extra)} left over, {len(wrong)} of "
+            f"another shape ({first}, …). They belong to another plan or base."
+        )
+    with torch.no_grad():
+        for name, tensor in named.items():
+            parameters[name].copy_(tensor)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Content of ``spafit_config.json``.
+
+    Raises:
+        ModelError: it is missing or not what this package writes.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ModelError(f"{folder} has no {CONFIG_FILE}: it is not a model that was trained here. Give its folder.")
+    try:
+        content = io.read_json(path)
+        _ = content["plan"], content["trainable"], content["base"]["digest"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is not what this package writes ({error}). Copy the folder again.") from error
+    return dict(content)
+
+
+def base_digest(stratified: StratifiedModel) -> str:
+    """SHA-256 over the base as far as the adapter rests on it: frozen tensors, and biases as they were before.
+
+    Modules that the adapter holds whole (heads, norms, blocks) do not count: a head may start from any weights.
+    """
+    digest = hashlib.sha256()
+    if not stratified.is_adapter:
+        return digest.hexdigest()
+    for name, parameter in sorted(canonical_parameters(stratified.model).items()):
+        if name in stratified.trainable and name not in stratified.base_values:
+            continue
+        tensor = stratified.base_values.get(name, parameter)
+        digest.update(f"\x1f{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1f".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def model_card(
+    stratified: StratifiedModel,
+    *,
+    base: str,
+    task: str,
+    scores: Mapping[str, float],
+    settings: Mapping[str, Any],
+    command: str | None = None,
+    notes: Iterable[str] = (),
+) -> str:
+    """Markdown model card from what was run; nothing in it is typed by hand."""
+    from spafit import __version__
+
+    library = "peft" if stratified.is_adapter else "transformers"
+    loads = (
+        "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, folder)"
+        if stratified.is_adapter
+        else "from transformers import AutoModelForSequenceClassification\n\n"
+        "model = AutoModelForSequenceClassification.from_pretrained(folder)"
+    )
+    lines = [
+        "---",
+        f"library_name: {library}",
+        f"base_model: {base}",
+        "tags: [spafit]",
+        "---",
+        f"# {base} trained on {task}",
+        "",
+        f"Trained by spafit {__version__}" + (f" with `{command}`." if command else "."),
+        "",
+        "## Results",
+        "",
+        "| metric | value |",
+        "|---|---|",
+        *(f"| {k} | {v:.4f} |" for k, v in scores.items()),
+        "",
+        "## What trained",
+        "",
+        "```",
+        stratified.describe(),
+        "```",
+        "",
+        "## Settings",
+        "",
+        *(f"- {k}: {v}" for k, v in settings.items()),
+        *(f"- {n}" for n in notes),
+        "",
+        "## How to load it without spafit",
+        "",
+        "```python",
+        loads,
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _adapter_config(config: Any) -> dict[str, Any]:
+    content = config.to_dict()
+    return {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in content.items()}
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    cpu = {n: t.detach().cpu().contiguous().clone() for n, t in sorted(tensors.items())}
+    io.atomic_write(path, lambda p: save_file(cpu, str(p), metadata={"format": "pt"}))
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""

@@ -1,0 +1,188 @@
+"""What a model is trained on and scored with: frames of texts and labels, whatever file they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from spafit import io
+from spafit.data.glue import GLUE_TASKS, read_glue, stratified_subset
+from spafit.data.tables import read_table_file
+from spafit.errors import DataError, UsageError, did_you_mean
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """One task to train on.
+
+    Attributes:
+        name: short name.
+        frames: split -> frame with the columns ``text``, ``text2`` (second text of a pair; absent for single texts),
+            ``label`` (code, or value for regression; missing where hidden) and ``idx`` (the source's own row number).
+            ``train`` is needed for training.
+        labels: names of the classes in the order of their codes; None for regression.
+        metrics: names of :data:`spafit.metrics.METRICS`; the mean of them is what is selected on.
+        source: where the rows came from, for the record.
+    """
+
+    name: str
+    frames: Mapping[str, pd.DataFrame]
+    labels: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+    source: str = ""
+    digests: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def regression(self) -> bool:
+        """Whether labels are numbers."""
+        return self.labels is None
+
+    @property
+    def paired(self) -> bool:
+        """Whether items have two texts."""
+        return all("text2" in frame for frame in self.frames.values())
+
+    @property
+    def scored_splits(self) -> tuple[str, ...]:
+        """Splits other than the training one that have labels."""
+        return tuple(s for s, f in self.frames.items() if s != "train" and f["label"].notna().all() and len(f))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names, texts and labels of every split."""
+        if "all" not in self.digests:
+            parts: list[object] = [self.name, self.labels, self.metrics]
+            for split, frame in self.frames.items():
+                columns = [c for c in ("text", "text2", "label", "idx") if c in frame]
+                parts += [split, *(frame[c].astype(str).str.cat(sep="\x1f") for c in columns)]
+            self.digests["all"] = io.content_digest(parts)
+        return self.digests["all"]
+
+    def limited(self, n: int, *, seed: int = 0, split: str = "train") -> TrainData:
+        """The same task with ``n`` items of ``split``, in the shares of the labels (of ten bins, for regression)."""
+        frame = self.frames[split]
+        if n >= len(frame):
+            return self
+        frames = {**self.frames, split: stratified_subset(frame, n, seed)}
+        return replace(self, frames=frames, digests={})
+
+
+def hold_out(frame: pd.DataFrame, share: float, *, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Split off ``share`` of the training items, in the shares of the labels, to select on: (kept, held out)."""
+    n = round(share * len(frame))
+    if n == 0:
+        return frame, frame.iloc[:0]
+    held = stratified_subset(frame, n, seed)
+    return frame.drop(index=held.index), held
+
+
+def glue_data(
+    task: str, source: str | Path, *, files: Mapping[str, str] | None = None, offline: bool = False
+) -> TrainData:
+    """One of GLUE's tasks, from a folder of its files or from the hub; see :func:`spafit.data.glue.read_glue`.
+
+    Raises:
+        DataError: the files are missing or malformed.
+        UsageError: GLUE has no such task.
+    """
+    if task not in GLUE_TASKS:
+        raise UsageError(f"GLUE has no task {task!r}. Tasks: {', '.join(GLUE_TASKS)}.{did_you_mean(task, GLUE_TASKS)}")
+    known = GLUE_TASKS[task]
+    frames = read_glue(task, source, files=files, offline=offline)
+    labels = None if known.regression else known.labels
+    return TrainData(task, frames, labels, known.metrics, source=f"GLUE {task}")
+
+
+def table_data(
+    files: Mapping[str, str | Path],
+    *,
+    text: str,
+    label: str | None,
+    text2: str | None = None,
+    regression: bool = False,
+    header: bool = True,
+    labels: tuple[str, ...] | None = None,
+    metrics: tuple[str, ...] | None = None,
+    name: str = "table",
+    seed: int = 0,
+) -> TrainData:
+    """Any table: TSV, CSV, JSON lines or parquet, one file per split.
+
+    Args:
+        files: split -> file; ``train`` alone is split 80/20 into train and validation, stratified by label.
+        text: column of the text (a number for files without a header).
+        label: column of the label; None where there is none (prediction).
+        text2: column of the second text of a pair.
+        regression: labels are numbers to predict.
+        header: whether text files name their columns in the first line.
+        labels: names of the classes in the order of their codes; by default those of the training split, sorted.
+        metrics: what to score with; by default accuracy and macro-F1, or Pearson and Spearman.
+        name: short name.
+        seed: of the split.
+
+    Raises:
+        DataError: a column or label that the file does not have, a label outside the training split's classes.
+    """
+    frames = {s: _columns(Path(f), text=text, text2=text2, label=label, header=header) for s, f in files.items()}
+    if regression:
+        frames = {s: _numbers(f, files[s]) for s, f in frames.items()}
+        classes = None
+    else:
+        source = frames.get("train", next(iter(frames.values())))["label"].dropna()
+        classes = labels or tuple(sorted(source.astype(str).unique()))
+        if label is not None and len(classes) < 2:
+            raise DataError(f"{next(iter(files.values()))}: one class only ({', '.join(classes)}); two or more needed.")
+        frames = {s: _codes(f, classes, files[s]) for s, f in frames.items()}
+    if set(frames) == {"train"} and label is not None:
+        kept, held = hold_out(frames["train"], 0.2, seed=seed)
+        frames = {"train": kept.reset_index(drop=True), "validation": held.reset_index(drop=True)}
+    used = metrics or (("pearson", "spearman") if regression else ("accuracy", "macro_f1"))
+    return TrainData(name, frames, classes, used, source=", ".join(Path(f).name for f in files.values()))
+
+
+def _columns(path: Path, *, text: str, text2: str | None, label: str | None, header: bool) -> pd.DataFrame:
+    table = read_table_file(path, header=header)
+    wanted = {"text": text, "text2": text2, "label": label}
+    for field_name, column in wanted.items():
+        if column is not None and column not in table:
+            raise DataError(
+                f"{path}: no column {column!r} for {field_name}. Columns: {', '.join(map(str, table.columns))}."
+                f"{did_you_mean(column, map(str, table.columns))}"
+            )
+    frame = pd.DataFrame({k: table[c].to_numpy() for k, c in wanted.items() if c is not None})
+    for column in ("text", "text2"):
+        if column in frame:
+            frame[column] = frame[column].astype(str)
+    if label is None:
+        frame["label"] = np.nan
+    frame["idx"] = np.arange(len(frame))
+    empty = frame["text"].str.strip() == ""
+    if empty.any():
+        raise DataError(f"{path}:{table.index[int(np.flatnonzero(empty)[0])]}: the text is empty.")
+    return frame
+
+
+def _numbers(frame: pd.DataFrame, path: str | Path) -> pd.DataFrame:
+    values = pd.to_numeric(frame["label"], errors="coerce")
+    bad = np.flatnonzero(values.isna() & frame["label"].notna())
+    if len(bad):
+        raise DataError(f"{path}: row {bad[0] + 1}: label {frame['label'].iloc[bad[0]]!r} is not a number.")
+    return frame.assign(label=values.astype(float))
+
+
+def _codes(frame: pd.DataFrame, classes: tuple[str, ...], path: str | Path) -> pd.DataFrame:
+    if frame["label"].isna().all():
+        return frame
+    codes = {c: i for i, c in enumerate(classes)}
+    got = frame["label"].astype(str)
+    unknown = np.flatnonzero(~got.isin(list(codes)))
+    if len(unknown):
+        raise DataError(
+            f"{path}: row {unknown[0] + 1}: label {got.iloc[unknown[0]]!r} is not a class of the training split. "
+            f"Classes: {', '.join(classes[:20])}."
+        )
+    return frame.assign(label=got.map(codes).astype(int))

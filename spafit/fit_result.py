@@ -1,0 +1,121 @@
+"""What a training run over one or more seeds gave: a view on its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from spafit import io
+from spafit.errors import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+METRIC_COLUMNS = ("seed", "step", "epoch", "split", "metric", "value")
+RUN_COLUMNS = (
+    "task", "method", "seed", "split", "metric", "value", "learning_rate", "epochs", "train_items", "trainable",
+    "total", "steps", "seconds", "peak_memory_bytes", "saved_bytes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A view on a training folder.
+
+    Attributes:
+        folder: holds ``run.json``, ``metrics`` and ``runs`` (parquet and CSV), and one folder per seed with ``model/``.
+        run: content of ``run.json``.
+        metrics: learning curves; columns :data:`METRIC_COLUMNS`. ``split`` is ``train`` (running loss), ``select``
+            (held-out share of the training items) or a reported split.
+        runs: one row per seed, reported split and metric; columns :data:`RUN_COLUMNS`.
+    """
+
+    folder: Path
+    run: dict[str, Any]
+    metrics: pd.DataFrame
+    runs: pd.DataFrame
+
+    @classmethod
+    def load(cls, folder: str | Path) -> FitResult:
+        """Read what training wrote.
+
+        Raises:
+            DataError: the folder holds no finished training.
+        """
+        folder = Path(folder)
+        if not (folder / "runs.parquet").is_file():
+            raise DataError(f"{folder} holds no finished training (no runs.parquet). Run spafit train with this --out.")
+        run = io.read_json(folder / "run.json")
+        return cls(folder, run, io.read_table(folder / "metrics"), io.read_table(folder / "runs"))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the tables and ``run.json`` (not the models) into ``folder``."""
+        folder = Path(folder)
+        io.write_table(folder / "metrics", self.metrics)
+        io.write_table(folder / "runs", self.runs)
+        io.write_json(folder / "run.json", self.run)
+        return folder
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of the runs."""
+        return tuple(int(s) for s in self.runs["seed"].unique())
+
+    def model_folder(self, seed: int | None = None) -> Path:
+        """Folder of one seed's saved model; the first seed's by default."""
+        return self.folder / f"seed-{self.seeds[0] if seed is None else seed}" / "model"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Mean and standard deviation over seeds: task, method, split, metric, mean, sd (NaN for one seed), seeds."""
+        grouped = self.runs.groupby(["task", "method", "split", "metric"], sort=False)["value"]
+        return grouped.agg(mean="mean", sd="std", seeds="size").reset_index()
+
+    def to_markdown(self) -> str:
+        """The table of a paper: one row per split and metric, mean ± sd over seeds, with parameters and cost."""
+        first = self.runs.drop_duplicates("seed")
+        lines = [
+            "| task | method | split | metric | score | trained | seconds | peak memory |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        trained = (
+            f"{int(first['trainable'].iloc[0]):,} ({100 * first['trainable'].iloc[0] / first['total'].iloc[0]:.2f} %)"
+        )
+        for row in self.to_pandas().to_dict("records"):
+            spread = f" ± {row['sd']:.3f}" if row["seeds"] > 1 else ""
+            score = f"{row['mean']:.3f}{spread} (n = {row['seeds']})"
+            lines.append(
+                f"| {row['task']} | {row['method']} | {row['split']} | {row['metric']} | {score} | {trained} | "
+                f"{first['seconds'].mean():.0f} | {first['peak_memory_bytes'].max() / 1e9:.2f} GB |"
+            )
+        return "\n".join(lines)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Learning curves: training loss by step and each scored split's headline, a thin line per seed."""
+        from spafit.plotting import new_figure
+
+        if ax is None:
+            ax = new_figure(width=6.4, height=3.6).add_subplot()
+        loss = self.metrics[(self.metrics["split"] == "train") & (self.metrics["metric"] == "loss")]
+        for n, (_, rows) in enumerate(loss.groupby("seed")):
+            ax.plot(
+                rows["step"], rows["value"], color="#555555", linewidth=1, label="training loss" if n == 0 else None
+            )
+        ax.set_xlabel("step")
+        ax.set_ylabel("training loss")
+        scored = self.metrics[(self.metrics["metric"] == "headline") & (self.metrics["split"] == "select")]
+        if len(scored):
+            other = ax.twinx()
+            for n, (_, rows) in enumerate(scored.groupby("seed")):
+                label = "score on held-out training items" if n == 0 else None
+                other.plot(rows["step"], rows["value"], "o-", color="#0072B2", linewidth=1.2, markersize=3, label=label)
+            other.set_ylabel("score")
+            other.legend(loc="lower right", frameon=False)
+        ax.legend(loc="upper right", frameon=False)
+        ax.set_title(f"{self.run['task']}, {self.run['method']}")
+        return ax
+
+    def _repr_html_(self) -> str:
+        return str(self.to_pandas().round(4).to_html(index=False))

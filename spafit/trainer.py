@@ -1,0 +1,244 @@
+"""Train one plan on one task with one seed, on transformers' Trainer, so that exactly the plan's parameters move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from spafit import checkpoint
+from spafit.adapt import StratifiedModel, canonical_name
+from spafit.batches import Collator, EncodedTexts
+from spafit.errors import ModelError, NumericalError
+from spafit.prefix import PrefixCache
+from spafit.resolve import whole_modules
+from spafit.retain import PricedRemedy
+from spafit.settings import TrainSettings
+
+Metrics = Callable[[np.ndarray, np.ndarray], dict[str, float]]
+
+
+class _RankAllocation(TrainerCallback):
+    """AdaLoRA moves ranks between matrices after each step; other methods have nothing of the kind."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        tuner = getattr(kwargs["model"], "base_model", None)
+        if tuner is not None and hasattr(tuner, "update_and_allocate"):
+            tuner.update_and_allocate(state.global_step + 1)
+
+
+class StratifiedTrainer(Trainer):
+    """Transformers' Trainer with the plan's mask, rates, checkpoints and losses.
+
+    What differs: parameter groups follow the plan's parts; the frozen prefix runs without dropout, or is read from a
+    cache; remedies add to the loss; a loss that is not finite stops the run; checkpoints hold what trained.
+    """
+
+    def __init__(
+        self,
+        stratified: StratifiedModel,
+        settings: TrainSettings,
+        arguments: TrainingArguments,
+        *,
+        train: EncodedTexts | None,
+        tokenizer: Any,
+        select: EncodedTexts | None = None,
+        metrics: Metrics | None = None,
+        cache: PrefixCache | None = None,
+        remedies: Sequence[PricedRemedy] = (),
+        weights: torch.Tensor | None = None,
+        base: Mapping[str, Any] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ):
+        self.stratified, self.settings, self.base = stratified, settings, dict(base or {})
+        self.cache, self.remedies, self.class_weights = cache, tuple(remedies), weights
+        self.tokenizer_to_save = tokenizer
+        self.remedy_losses: dict[str, list[float]] = {}
+        super().__init__(
+            model=stratified.model,
+            args=arguments,
+            data_collator=Collator(tokenizer),
+            train_dataset=train,
+            eval_dataset=select if select is not None and len(select) else None,
+            compute_metrics=None
+            if metrics is None
+            else lambda p: metrics(np.asarray(p.predictions), np.asarray(p.label_ids)),
+            callbacks=list(callbacks),
+        )
+        self.add_callback(_RankAllocation())
+        self.remove_callback(PrinterCallback)  # it writes to stdout, which is for results
+        self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with one group per part and decay, each with its own rate."""
+        if self.optimizer is None:
+            self.stratified.check()
+            settings = self.settings
+            assert settings.learning_rate is not None
+            groups: dict[tuple[float, float], list[Any]] = {}
+            parts = {p.name: p for p in self.stratified.plan.parts}
+            decayed = set(map(canonical_name, self.get_decay_parameter_names(self.stratified.model)))
+            for name, parameter in (model or self.stratified.model).named_parameters():
+                if not parameter.requires_grad:
+                    continue
+                canonical = canonical_name(name)
+                part = parts[self.stratified.part_of[canonical]]
+                rate = settings.learning_rate if part.learning_rate is None else part.learning_rate
+                decay = settings.weight_decay if part.weight_decay is None else part.weight_decay
+                groups.setdefault((rate, decay if canonical in decayed else 0.0), []).append(parameter)
+            self.optimizer = torch.optim.AdamW(
+                [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()],
+                lr=settings.learning_rate,
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The task's loss, plus what the remedies add while training."""
+        inputs = dict(inputs)
+        index = inputs.pop("index", None)
+        training = model.training
+        if training and not self.settings.prefix_dropout:
+            set_training_modes(self.stratified)
+        labels = inputs.get("labels")
+        if self.class_weights is not None and labels is not None:
+            inputs.pop("labels")
+        if training and self.cache is not None and index is not None:
+            with self.cache.attached(index, inputs.get("attention_mask")):
+                outputs = model(**inputs)
+        else:
+            outputs = model(**inputs)
+        if self.class_weights is not None and labels is not None:
+            weights = self.class_weights.to(outputs.logits)
+            loss = torch.nn.functional.cross_entropy(outputs.logits, labels, weight=weights)
+        else:
+            loss = outputs.loss
+        if training:
+            for remedy in self.remedies:
+                extra = remedy.loss(self.stratified, self.state.global_step)
+                self.remedy_losses.setdefault(remedy.name, []).append(float(extra.detach()))
+                loss = loss + extra
+            if not torch.isfinite(loss.detach()):
+                raise NumericalError(
+                    f"The loss is not finite at step {self.state.global_step + 1}. The last checkpoint is kept in "
+                    f"{self.args.output_dir}; lower the learning rate, or train in float32, and resume."
+                )
+        return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(str(output_dir or self.args.output_dir))
+        if self.args.should_save:
+            checkpoint.save(self.stratified, folder, base=self.base)
+            self.tokenizer_to_save.save_pretrained(str(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.stratified, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        load_weights(self.stratified, Path(self.state.best_model_checkpoint))
+
+
+def load_weights(stratified: StratifiedModel, folder: Path) -> None:
+    """Put the weights of a checkpoint into a wrapped model, exactly.
+
+    Raises:
+        ModelError: the checkpoint belongs to another plan, or is not whole.
+    """
+    from safetensors.torch import load_file
+
+    content = checkpoint.read_config(folder)
+    if content["trainable"] != dict(stratified.trainable):
+        raise ModelError(
+            f"The checkpoint {folder.name} was written by another plan ({len(content['trainable'])} tensors train "
+            f"there, {len(stratified.trainable)} here). Resume with the plan that it was started with, or choose "
+            "another --out."
+        )
+    if stratified.is_adapter:
+        checkpoint.load_state(stratified, load_file(str(folder / checkpoint.WEIGHTS_FILE)))
+        return
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        state |= load_file(str(file))
+    result = stratified.model.load_state_dict(state, strict=False)
+    untied = set(result.missing_keys) - set(stratified.plan.tied)
+    if untied or result.unexpected_keys:
+        raise ModelError(f"The checkpoint {folder.name} does not fit the model ({sorted(untied)[:3]}).")
+
+
+def set_training_modes(stratified: StratifiedModel) -> None:
+    """Leave in training mode only what gradients pass through: no dropout in the embeddings and the frozen prefix.
+
+    Dropout that belongs to no parameter, such as GPT-2's after its embeddings, is off with them.
+    """
+    base = stratified.model.get_base_model() if stratified.is_adapter else stratified.model
+    plan = stratified.plan
+    if any(p.name == "embeddings" and p.method != "freeze" for p in plan.parts):
+        return
+    backbone = getattr(base, "base_model", base)
+    backbone.eval()
+    active = [p for s in plan.stacks for p in s.block_paths[plan.first_trained_block(s.name) :]]
+    active += [s.final_norm for s in plan.stacks if s.final_norm is not None]
+    active += [m for part in plan.parts if part.name in ("pooler", "head") for m in whole_modules(base, part.own)]
+    for path in active:
+        base.get_submodule(path).train()
+
+
+def training_arguments(
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    seed: int,
+    device: str,
+    select: bool,
+    quiet: bool,
+) -> TrainingArguments:
+    """Translate :class:`TrainSettings` for transformers."""
+    saves = "steps" if settings.save_steps else "epoch"
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=4 * settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate or 5e-4,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type=settings.schedule,
+        bf16=precision == "bfloat16",
+        use_cpu=device == "cpu",
+        seed=seed,
+        data_seed=seed,
+        eval_strategy=saves if select else "no",
+        eval_steps=settings.save_steps,
+        save_strategy=saves,
+        save_steps=settings.save_steps or 500,
+        save_total_limit=2,
+        load_best_model_at_end=select,
+        metric_for_best_model="headline" if select else None,
+        greater_is_better=True if select else None,
+        logging_strategy="steps",
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=settings.workers,
+        dataloader_pin_memory=device.startswith("cuda"),
+        report_to=list(settings.track) or "none",
+        disable_tqdm=True,
+        log_level="error" if quiet else "warning",
+        ddp_find_unused_parameters=False,
+    )
