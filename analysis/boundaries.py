@@ -11,6 +11,7 @@ import numpy as np
 from analysis.holding import held_from
 from analysis.segmentation import MIN_BLOCKS, SegmentationTest, segment, segmentation_test, standardise
 from probing.curves import LayerCurve
+from probing.summaries import never_above_control
 from spafit.runtime import generator
 
 CONFIDENCE = 0.95
@@ -98,40 +99,75 @@ def by_segmentation(
 
 
 def by_holding(
-    curves: Sequence[LayerCurve], draws: np.ndarray, *, num_blocks: int, share: float, basic_levels: Sequence[str]
+    curves: Sequence[LayerCurve],
+    *,
+    num_blocks: int,
+    share: float,
+    basic_levels: Sequence[str],
+    n_boot: int,
+    seed: int,
 ) -> BoundaryEstimate | str:
     """Boundaries by the holding rule; or the reason why it gives none.
 
+    Tasks that are never above their control by more than noise are left out: they hold nothing that the model learnt.
+    A task that is known from the embeddings on is not: it is held at hidden 0.
+
     Args:
         curves: one per task.
-        draws: from :func:`bootstrap_curves`, shape (draws, tasks, hidden).
         num_blocks: L; every hidden state from 0 to L is needed.
         share: q.
         basic_levels: levels that place s1; the others place s2.
+        n_boot: bootstrap draws.
+        seed: seed of the bootstrap.
     """
     if not curves:
         return "there is no usable curve"
     if not np.array_equal(curves[0].hidden, np.arange(num_blocks + 1)):
         return f"it needs every hidden state from 0 to {num_blocks}, and some were not probed"
-    basic = np.array([c.level in basic_levels for c in curves], dtype=bool)
-    values = np.stack([c.values for c in curves])
-    for words, own in ((f"the basic levels ({', '.join(basic_levels)})", basic), ("the other levels", ~basic)):
-        if not own.any():
+    given, groups = holding_groups(curves, basic_levels), holding_groups(above_control(curves), basic_levels)
+    names = f"the basic levels ({', '.join(basic_levels)})", "the other levels"
+    for words, all_own, own in zip(names, given, groups, strict=True):
+        if not all_own:
             return f"no task belongs to {words}"
-        if held_from(values[own], share=share) < 0:
-            return f"no task of {words} exceeds its control at any hidden state"
-    hidden = curves[0].hidden
+        if not own or held_from(np.stack([c.values for c in own]), share=share) < 0:
+            return f"no task of {words} exceeds its control at any hidden state by more than noise"
+    hidden, used = curves[0].hidden, above_control(curves)
+    draws = bootstrap_curves(used, n_boot=n_boot, seed=seed)
+    basic = np.array([c.level in basic_levels for c in used], dtype=bool)
     # A draw in which a group holds nothing says that its knowledge may be nowhere: position -1, held at the very end.
     s1, other = (hidden[held_from(draws[:, own], share=share)] for own in (basic, ~basic))
     drawn = np.stack([s1, np.maximum(s1, other)], axis=1)
     return _estimate("holding", holding_pair(curves, share=share, basic_levels=basic_levels), drawn)
 
 
+def above_control(curves: Sequence[LayerCurve]) -> list[LayerCurve]:
+    """The curves that the holding rule uses."""
+    return [c for c in curves if not never_above_control(c)]
+
+
+def holding_groups(
+    curves: Sequence[LayerCurve], basic_levels: Sequence[str]
+) -> tuple[list[LayerCurve], list[LayerCurve]]:
+    """The curves that place s1 and those that place s2."""
+    return [c for c in curves if c.level in basic_levels], [c for c in curves if c.level not in basic_levels]
+
+
 def holding_pair(curves: Sequence[LayerCurve], *, share: float, basic_levels: Sequence[str]) -> tuple[int, int]:
     """(s1, s2) of the holding rule on the curves as they are; both groups must hold something."""
-    hidden = curves[0].hidden
-    s1, other = (
-        int(hidden[held_from(np.stack([c.values for c in curves if (c.level in basic_levels) == wanted]), share=share)])
-        for wanted in (True, False)
-    )
+    hidden, groups = curves[0].hidden, holding_groups(above_control(curves), basic_levels)
+    s1, other = (int(hidden[held_from(np.stack([c.values for c in own]), share=share)]) for own in groups)
     return s1, max(s1, other)
+
+
+def holding_caveats(curves: Sequence[LayerCurve], basic_levels: Sequence[str]) -> str:
+    """What to know about the tasks behind the holding rule: boundaries of a single task, and tasks left out."""
+    used = above_control(curves)
+    words = [
+        f"{name} rests on a single task ({own[0].task})."
+        for name, own in zip(("s1", "s2"), holding_groups(used, basic_levels), strict=True)
+        if len(own) == 1
+    ]
+    left_out = [c.task for c in curves if never_above_control(c)]
+    if left_out:
+        words.append(f"Never above their control and not used for it: {', '.join(left_out)}.")
+    return " ".join(words)

@@ -334,8 +334,8 @@ def caveats(
         found.append(f"{bad:,} of {len(own):,} rows rest on fits that did not converge; their scores may be too low.")
     if empty := _undated(summaries):
         found.append(
-            f"The depth of emergence is suppressed for {empty} task{'s' if empty > 1 else ''}: the gain over layers is "
-            "within noise, or too small to date, and says nothing about order."
+            f"The depth of emergence is suppressed for {empty} task{'s' if empty > 1 else ''}: the score is never "
+            "above its control, or its gain over layers is within noise, and says nothing about order."
         )
     if own["pooling"].nunique() == 1:
         found.append(

@@ -17,6 +17,7 @@ from analysis.boundaries import (
     bootstrap_curves,
     by_holding,
     by_segmentation,
+    holding_caveats,
     holding_pair,
 )
 from analysis.segmentation import SegmentationTest
@@ -195,6 +196,7 @@ def suggest_strata(
     (:func:`analysis.segmentation.segmentation_test`). Otherwise the *holding rule* does: s1 is the first hidden state
     at which the basic levels hold ``share`` of their largest bits, s2 the same for the other levels, at least s1
     (:func:`analysis.holding.held_from`); a hidden index is a block start, because hidden h is what blocks [0, h) made.
+    It leaves out tasks that are never above their control, and the reason names a boundary that one task places.
     Where neither applies, or an interval of the criterion that would decide spans more than a third of the depth,
     ``spafit-scaled`` is written with the reason.
 
@@ -232,7 +234,7 @@ def suggest_strata(
     draws = bootstrap_curves(used, n_boot=n_boot, seed=seed)
     tested = by_segmentation(used, draws, num_blocks=num_blocks)
     null_test, segments = (None, None) if isinstance(tested, str) else tested
-    held = by_holding(used, draws, num_blocks=num_blocks, share=share, basic_levels=basic_levels)
+    held = by_holding(used, num_blocks=num_blocks, share=share, basic_levels=basic_levels, n_boot=n_boot, seed=seed)
     holding = None if isinstance(held, str) else held
     notes |= {k: v for k, v in (("segmentation", tested), ("holding", held)) if isinstance(v, str)}
     sensitivity = {}
@@ -265,7 +267,7 @@ def suggest_strata(
             )
             estimate = None
         elif evidence != "strata":
-            reasons.append("The holding rule places them.")
+            reasons += ["The holding rule places them.", *filter(None, [holding_caveats(used, basic_levels)])]
     boundaries = estimate.boundaries if estimate else scaled_boundaries(num_blocks)
     if boundaries[0] == num_blocks:
         reasons.append("No block is left to train: what the tasks ask for still grows at the last hidden state.")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 #: Raised by one whenever the same inputs would give other numbers, so that older finished tasks are computed again.
-NUMBERS_VERSION = 2
+NUMBERS_VERSION = 3
 
 #: Names that the stack finder gives; anything else in ``--stack`` is the dotted path of the list of blocks.
 STACK_NAMES = ("encoder", "decoder", "text", "vision")

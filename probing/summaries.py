@@ -126,7 +126,10 @@ def emergence(curve: LayerCurve, *, level: float = 0.95, n_draws: int = 1000, se
     choice of pooling, probe or training corpus. In simulations the 95 % interval covered 93 to 99 % for steps and 85
     to 97 % for smooth rises (150 worlds each, gains of 8 and 25 standard errors, 12 and 24 blocks). A step at the last
     block reads .1 to .3 layers early (.8 at 8 standard errors), because the estimate is held within the model.
-    With some hidden states left out, a gain is credited to the upper end of its gap.
+    With some hidden states left out, a gain is credited to the upper end of its gap. An interval of zero width is no
+    defect: a running maximum is discrete, and where the whole rise lies at one hidden state in every draw, so does the
+    centre. It says that item noise cannot move the rise to another hidden state, not where between two states it
+    happens, and with one seed nothing of the variation between training draws; the note says so.
 
     Args:
         curve: the control-adjusted single-layer curve with its replicates.
@@ -135,7 +138,8 @@ def emergence(curve: LayerCurve, *, level: float = 0.95, n_draws: int = 1000, se
         seed: chooses the draws, together with the task's name.
 
     Returns:
-        The corrected estimate; suppressed (NaN, with a note) when the gain is below four standard errors.
+        The corrected estimate; suppressed (NaN, with a note) when the gain is below four standard errors, or when an
+        adjusted curve is :func:`never above its control <never_above_control>`.
 
     Raises:
         UsageError: fewer than two replicates, or shapes differ.
@@ -149,7 +153,9 @@ def emergence(curve: LayerCurve, *, level: float = 0.95, n_draws: int = 1000, se
     gain = float(y[top] - y[0])
     gain_se = float((curve.replicates[:, top] - curve.replicates[:, 0]).std(ddof=1))
     raw = float(_centre(y, layers))
-    if gain <= 0:
+    if never_above_control(curve, level=level):
+        note = f"never above its control ({curve.adjusted_by}) by more than noise"
+    elif gain <= 0:
         note = f"no hidden state scores above hidden {layers[0]}: nothing emerges later"
     elif gain < MIN_GAIN_SE * gain_se:
         note = f"gain over hidden {layers[0]} is {gain / gain_se:.1f} standard errors, below {MIN_GAIN_SE:g}"
@@ -174,9 +180,29 @@ def emergence(curve: LayerCurve, *, level: float = 0.95, n_draws: int = 1000, se
     replicates = np.clip(raw - errors, layers[1], layers[-1])
     low, high = interval(replicates, level)
     value = float(np.clip(raw - bias, layers[1], layers[-1]))
+    if low == high and roots.max() > 0:
+        note = "zero width: the whole rise lies at one hidden state in every draw"
+        note += ", of one training draw" if curve.n_seeds == 1 else ""
     if not np.array_equal(layers, np.arange(len(layers))):
         note = "hidden states are missing: gains are credited to the upper end of their gap"
     return Emergence(value, (float(low), float(high)), replicates, raw, bias, gain, gain_se, note)
+
+
+def never_above_control(curve: LayerCurve, *, level: float = 0.95) -> bool:
+    """Whether a control was subtracted and even the best hidden state is not above it beyond noise.
+
+    The bootstrap interval of the largest adjusted value then reaches down to 0: an untrained network of the same shape
+    may give as much, and what such a curve does over depth is the control's doing as much as the model's. The best of
+    many hidden states is chosen on the same items, so a flat curve at 0 passes more often than (1 - level) / 2.
+
+    Args:
+        curve: the curve with its replicates; False for one that is not adjusted.
+        level: coverage of the interval.
+    """
+    if curve.adjusted_by == "none":
+        return False
+    top = int(np.argmax(curve.values))
+    return bool(interval(curve.replicates[:, top], level)[0] <= 0)
 
 
 def summarize_curve(curve: LayerCurve, *, level: float = 0.95, seed: int = 0) -> list[SummaryRow]:

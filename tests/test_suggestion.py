@@ -123,6 +123,20 @@ def test_levels_can_be_regrouped():
     assert swapped.holding.boundaries[0] == 6
 
 
+def test_a_task_below_its_control_places_nothing_and_is_named():
+    curves = saturating(12, basic=0.05, other=0.15)
+    late = curve("late", "semantics", np.where(np.arange(13) == 12, 0.01, -1.0), error=0.02)
+    only = [c for c in curves if c.level != "semantics"]
+    early = curve("early", "semantics", 1 - np.arange(13) / 24, error=0.002)
+    suggestion = suggest_strata([*only, early, late], num_blocks=12)
+    assert suggestion.holding.boundaries == (2, 2)
+    assert "s2 rests on a single task (early)." in suggestion.reason
+    assert "not used for it: late." in suggestion.reason
+    assert suggestion.reason == suggestion.config.provenance["reason"]
+    assert suggestion.explain().startswith(suggestion.reason)
+    assert "single task" not in suggest_strata(curves, num_blocks=12).reason
+
+
 def test_knowledge_that_only_falls_leaves_nothing_frozen():
     hidden = np.arange(13)
     curves = [curve(f"task{i}", level, 1 - hidden / 12, error=0.002) for i, level in enumerate(LEVELS)]

@@ -145,6 +145,27 @@ def test_flat_and_falling_curves_are_not_dated():
     assert math.isfinite(rising.value)
 
 
+def test_a_curve_that_rises_below_its_control_is_not_dated():
+    random = np.random.default_rng(11)
+    rising = noisy_curve(step(12, 5), 0.02, random)
+    below = replace(rising, values=rising.values - 1.05, replicates=rising.replicates - 1.05)
+    found = emergence(replace(below, adjusted_by="random-encoder"))
+    assert math.isnan(found.value)
+    assert "never above its control (random-encoder)" in found.note
+    assert emergence(replace(rising, adjusted_by="random-encoder")).value == pytest.approx(5, abs=0.2)
+    assert emergence(below).value == pytest.approx(5, abs=0.2)  # nothing was subtracted: 0 is no control's score
+
+
+def test_an_interval_of_zero_width_says_why():
+    falling = np.array([0.0, 1.0, 0.8, 0.7, 0.6, 0.5, 0.4])  # no noise lifts a later hidden state above the first
+    found = emergence(noisy_curve(falling, 0.01, np.random.default_rng(12)))
+    assert (found.value, *found.ci) == (1, 1, 1)
+    assert found.note == "zero width: the whole rise lies at one hidden state in every draw, of one training draw"
+    wider = emergence(noisy_curve(np.array([0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]), 0.01, np.random.default_rng(12)))
+    assert wider.ci[0] < wider.ci[1]
+    assert wider.note == ""
+
+
 def test_emergence_ignores_unit_and_offset_and_repeats_itself():
     curve = noisy_curve(step(12, 5), 0.05, np.random.default_rng(6))
     other = replace(curve, values=3 * curve.values - 7, replicates=3 * curve.replicates - 7)
