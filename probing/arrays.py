@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from probing.config import check_penalties, seed_numbers
 from probing.fitting import ProbeSettings, States, fit_task
 from probing.probes.linear import DEFAULT_L2
 from probing.results import ProbeResults, summary_table
@@ -28,7 +29,7 @@ def probe_arrays(
     random_states: Mapping[int, np.ndarray] | None = None,
     name: str = "task",
     level: Level = "other",
-    seeds: Sequence[int] = (0, 1, 2),
+    seeds: int | Sequence[int] = (0, 1, 2),
     max_train: int | None = None,
     l2: Sequence[float] = tuple(DEFAULT_L2),
     n_boot: int = 1000,
@@ -44,7 +45,7 @@ def probe_arrays(
         random_states: states of a random-weight encoder for each seed, shaped like ``X``; none by default.
         name: the task's name in the tables.
         level: the linguistic level it is filed under.
-        seeds: each redraws training items and control labels.
+        seeds: each redraws training items and control labels; a number n means seeds 0 to n - 1.
         max_train: training items per seed; None takes 80 % of them, at most 20,000.
         l2: penalties tried.
         n_boot: bootstrap replicates.
@@ -53,10 +54,12 @@ def probe_arrays(
         Results with the same tables as a run on a model; ``.save(folder)`` writes them.
 
     Raises:
-        UsageError: shapes that do not fit.
+        UsageError: shapes that do not fit, no seed, a penalty that is not positive and finite.
         NumericalError: ``X`` is not finite.
         TaskError: the labels cannot be probed (one class, a class in test only).
     """
+    seeds = seed_numbers(seeds)
+    check_penalties(tuple(l2))
     states = np.asarray(X)
     if states.ndim != 3:
         raise UsageError(f"X must have shape (hidden states, items, width); got {states.shape}.")
@@ -69,7 +72,7 @@ def probe_arrays(
         if np.shape(other) != states.shape:
             raise UsageError(f"random_states[{seed}] has shape {np.shape(other)}; X has {states.shape}.")
     if random_states and set(random_states) != set(seeds):
-        raise UsageError(f"random_states needs one entry per seed {tuple(seeds)}; got {tuple(random_states)}.")
+        raise UsageError(f"random_states needs one entry per seed {seeds}; got {tuple(random_states)}.")
     for hidden, layer in enumerate(states):
         if not np.isfinite(layer).all():
             raise NumericalError(f"X[{hidden}] holds NaN or infinite values; leave those items out.")
@@ -94,7 +97,7 @@ def probe_arrays(
     controls = tuple(
         c for c, given in (("word-type", control is not None), ("random-encoder", bool(random_states))) if given
     )
-    settings = ProbeSettings(tuple(seeds), max_train, tuple(l2), controls, n_boot)
+    settings = ProbeSettings(seeds, max_train, tuple(l2), controls, n_boot)
     fit = fit_task(
         task,
         settings,

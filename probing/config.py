@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -86,8 +87,8 @@ class ProbeConfig:
                 raise UsageError(f"--{name} is empty; give at least one.")
             if len(set(values)) < len(values):
                 raise UsageError(f"--{name} {', '.join(map(str, values))} names one twice; name each once.")
-        if self.l2 is not None and (not self.l2 or min(self.l2) <= 0):
-            raise UsageError("--l2 needs positive penalties, such as 0.001,0.01,0.1.")
+        if self.l2 is not None:
+            check_penalties(self.l2)
         _parse_layers(self.layers, None)
 
     def hidden(self, num_hidden: int) -> list[int]:
@@ -106,6 +107,31 @@ class ProbeConfig:
             UsageError: an unknown key or a value of the wrong kind; ``where`` names the file.
         """
         return cls(**checked_options(content, where=where))
+
+
+def check_penalties(l2: Sequence[float]) -> None:
+    """Refuse penalties that are not positive numbers.
+
+    Raises:
+        UsageError: none is given, or one is not positive and finite.
+    """
+    if not l2 or not all(math.isfinite(value) and value > 0 for value in l2):
+        raise UsageError(
+            f"--l2 {', '.join(map(str, l2)) or '(empty)'} needs positive, finite penalties, such as 0.001,0.01,0.1."
+        )
+
+
+def seed_numbers(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    """The seeds themselves; a number n, as in the shell, means 0 to n - 1.
+
+    Raises:
+        UsageError: fewer than one.
+    """
+    if not isinstance(seeds, int):
+        return tuple(seeds)
+    if seeds < 1:
+        raise UsageError(f"--seeds {seeds} is too small; use at least 1.")
+    return tuple(range(seeds))
 
 
 def checked_options(content: Mapping[str, Any], *, where: str) -> dict[str, Any]:

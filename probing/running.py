@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from probing.config import Overwrite, ProbeConfig
+from probing.config import Overwrite, ProbeConfig, seed_numbers
 from probing.earlier import clear_run
 from probing.fitting import States, TaskFit, fit_task
 from probing.parts import read_part, write_part
@@ -39,7 +39,7 @@ def probe_layers(
     pooling: Sequence[str] = ("mean",),
     controls: Sequence[str] = ("word-type", "random-encoder"),
     max_train: int | None = None,
-    seeds: Sequence[int] = (0, 1, 2),
+    seeds: int | Sequence[int] = (0, 1, 2),
     l2: Sequence[float] | None = None,
     n_boot: int = 1000,
     limit: int | None = None,
@@ -61,6 +61,7 @@ def probe_layers(
         model: anything that :func:`spafit.load_model` takes, a :class:`spafit.LoadedModel`, or None for the built-in
             default.
         tasks: references such as ``core`` or ``conllu:PATH#upos``, or :class:`probing.Task` objects.
+        seeds: the seeds, or how many: 2 means (0, 1), as in the shell.
         quiet: no progress on stderr.
 
     Returns:
@@ -81,7 +82,7 @@ def probe_layers(
         pooling=tuple(pooling),
         controls=tuple(controls),
         max_train=max_train,
-        seeds=tuple(seeds),
+        seeds=seed_numbers(seeds),
         l2=None if l2 is None else tuple(l2),
         n_boot=n_boot,
         limit=limit,

@@ -126,6 +126,7 @@ def test_a_broken_reference_among_good_ones_is_listed_and_exits_with_3(small_ber
         (("--layers", "0-9", "--tasks", "core.tense"), "hidden 0 to 6", 2),
         (("--shard", "4/2"), "i/n with 0 <= i < n", 2),
         (("--l2", "big"), "must be numbers", 2),
+        (("--l2", "nan"), "positive, finite penalties", 2),
         (("--device", "gpu9", "--tasks", "core.tense"), "'auto', 'cpu'", 2),
         (("--config", "no-such.yaml"), "cannot be read", 2),
         (("--model", "./no-such-folder", "--tasks", "core.tense"), "no-such-folder", 1),
@@ -156,6 +157,7 @@ def test_help_shows_every_option_and_examples():
     shown = invoke("--help").stdout
     for option in ("--model", "--tasks", "--layers", "--dry-run", "--shard", "--json", "--overwrite"):
         assert option in shown
+    assert "runs/<model>" in shown
     assert "spafit-probe --model bert-large-cased" in " ".join(shown.split())
     umbrella = CliRunner().invoke(app, ["--help"]).stdout
     for command in ("probe", "tasks", "cache", "report", "cite"):

@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from probing.config import ProbeConfig, read_config
+from probing.config import ProbeConfig, read_config, seed_numbers
 from spafit.errors import UsageError
 
 
@@ -23,6 +23,8 @@ from spafit.errors import UsageError
         ({"seeds": ()}, "--seeds is empty"),
         ({"seeds": (1, 1)}, "names one twice"),
         ({"l2": (0.0,)}, "positive"),
+        ({"l2": (0.1, float("nan"))}, "--l2 0.1, nan needs positive, finite"),
+        ({"l2": (float("inf"),)}, "finite"),
         ({"dtype": "float8"}, "bfloat16"),
         ({"overwrite": "yes"}, "missing, always, never"),
     ],
@@ -30,6 +32,12 @@ from spafit.errors import UsageError
 def test_a_bad_option_is_one_sentence_with_the_remedy(options, message):
     with pytest.raises(UsageError, match=message):
         ProbeConfig(**options)
+
+
+def test_seeds_are_numbers_or_how_many():
+    assert seed_numbers(3) == seed_numbers([0, 1, 2]) == (0, 1, 2)
+    with pytest.raises(UsageError, match="--seeds 0 is too small"):
+        seed_numbers(0)
 
 
 def test_layers_speak_in_hidden_indices():

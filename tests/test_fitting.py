@@ -44,6 +44,15 @@ def test_labels_that_no_state_tells_stay_at_chance_with_no_bits_saved_and_no_eme
     assert np.isnan(emergence_of(results)["value"])
 
 
+def test_a_number_of_seeds_means_that_many_and_penalties_are_checked():
+    states, labels = planted_states(1, blocks=2, items=200, width=4)
+    control = np.arange(len(labels)) // 10  # with control labels, every seed is a fit of its own
+    results = probe_arrays(states, labels, control=control, seeds=2, n_boot=100)
+    assert results.run["seeds"] == [0, 1]
+    with pytest.raises(UsageError, match="finite penalties"):
+        probe_arrays(states, labels, seeds=1, l2=(float("nan"),))
+
+
 def test_bits_saved_of_a_perfect_reading_are_the_label_entropy():
     rng = np.random.default_rng(0)
     labels = (rng.random(3000) < 0.25).astype(int)

@@ -261,6 +261,10 @@ def test_an_unfinished_run_leaves_no_other_runs_tables(small_bert, tmp_path, cac
     assert not (tmp_path / "run" / "scores.parquet").exists()
 
 
+def test_a_number_of_seeds_means_that_many(small_bert, tmp_path, cache):
+    assert quick(small_bert, tmp_path / "run", tasks=[sentence_task()], seeds=1).run["seeds"] == [0]
+
+
 def test_probing_some_layers_writes_scaled_strata_and_the_models_depth(small_bert, tmp_path, cache):
     from analysis import interpret
 

@@ -130,7 +130,7 @@ def probe(
     print_config: Annotated[
         bool, _option(_RUN, "--print-config", help="Print the options as YAML for --config, and stop.")
     ] = False,
-    out: Annotated[Path | None, _option(_OUT, "--out", "-o", help="Output folder. Default: runs/<model>.")] = None,
+    out: Annotated[Path | None, _option(_OUT, "--out", "-o", help="Output folder. Default: `runs/<model>`.")] = None,
     overwrite: Annotated[
         str | None,
         _option(
