@@ -80,6 +80,11 @@ def test_validate_reports_sizes_and_fails_with_the_readers_sentence(tmp_path):
         run("validate", "tyo")
 
 
+def test_json_before_a_command_is_refused_rather_than_ignored():
+    with pytest.raises(UsageError, match="write it after the command"):
+        run("--json", "show", "toy.tense")
+
+
 def test_help_has_examples_for_every_command():
     assert "spafit tasks show core.tense" in run("--help")
     for command in ("show", "rows", "validate"):

@@ -37,6 +37,13 @@ def list_registered(context: typer.Context, json: Annotated[bool, _JSON] = False
     Files need no registration: name them as `spafit tasks show --help` says.
     """
     if context.invoked_subcommand is not None:
+        if json:
+            from spafit.errors import UsageError
+
+            raise UsageError(
+                f"--json before {context.invoked_subcommand!r} belongs to the list; write it after the command, "
+                "such as `spafit tasks show core.tense --json`."
+            )
         return
     from probing.registry import list_tasks
 
