@@ -29,6 +29,11 @@ class Interpretation:
     suggestion: StrataSuggestion
     paths: tuple[Path, ...]
 
+    def __repr__(self) -> str:
+        """The run, its verdict, and where the strata start."""
+        verdict, boundaries = self.localization.verdict, self.suggestion.boundaries
+        return f"Interpretation({self.results!r}, verdict={verdict!r}, boundaries={boundaries})"
+
     @property
     def verdict(self) -> dict[str, Any]:
         """Content of ``verdict.json``."""
@@ -73,14 +78,15 @@ def interpret(results: ProbeResults, *, rewrite: bool = False) -> Interpretation
     suggestion.config.save(folder / "strata.yaml")
     written = folder / "figures" / "written.json"
     sources = _sources(results, verdict)
+    tables = tuple(folder / name for name in ("strata.yaml", "verdict.json", "scores.csv", "summaries.csv", "run.json"))
     if not rewrite and written.exists() and io.read_json(written)["sources"] == sources:
         paths = tuple(folder / p for p in io.read_json(written)["paths"])
         if all(p.exists() for p in paths):
-            return Interpretation(results, localization, suggestion, (*paths, folder / "strata.yaml"))
+            return Interpretation(results, localization, suggestion, (*paths, *tables))
     paths = write_report(results, verdict=verdict, suggestion=suggestion)
     content = {"sources": sources, "paths": [p.relative_to(folder).as_posix() for p in paths]}
     io.write_json(written, content)
-    return Interpretation(results, localization, suggestion, (*paths, folder / "strata.yaml"))
+    return Interpretation(results, localization, suggestion, (*paths, *tables))
 
 
 def _sources(results: ProbeResults, verdict: dict[str, Any]) -> str:

@@ -38,6 +38,11 @@ class ProbeResults:
     folder: Path | None = None
     item_tables: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)
 
+    def __repr__(self) -> str:
+        """Folder, tasks and status; the tables are in the attributes."""
+        where = "not saved" if self.folder is None else repr(str(self.folder))
+        return f"ProbeResults({where}, {len(self.tasks)} task(s), status={self.run.get('status', 'unknown')!r})"
+
     @classmethod
     def load(cls, folder: str | Path) -> ProbeResults:
         """Read the folder that ``spafit-probe`` or :func:`probing.probe_layers` wrote.

@@ -59,13 +59,40 @@ def run_process(*arguments: object, cwd: Path | None = None, **more) -> subproce
 def test_a_run_ends_with_table_verdict_strata_and_paths(small_bert, tmp_path, cache):
     out = tmp_path / "run"
     result = invoke("--model", small_bert, "--tasks", reference(write_table(tmp_path)), "--out", out, *QUICK)
-    for piece in ("| colours", "Verdict: inconclusive", "Strata:", "freeze", "report.html", "strata.yaml"):
+    for piece in ("| colours", "report.html", "strata.yaml", "verdict.json", "scores.csv", "run.json"):
         assert piece in result.stdout, piece
+    # One task gives no verdict: one sentence each, the rest is in the files.
+    lines = result.stdout.splitlines()
+    assert "Verdict: inconclusive. Too few tasks per level for a verdict; see the scores." in lines
+    assert sum(line.startswith("Strata:  No boundaries from these tasks") for line in lines) == 1
+    assert "freeze" not in result.stdout
+    assert "nothing: too few tasks" in (out / "report.html").read_text()
     for name in ("report.html", "report.md", "verdict.json", "strata.yaml", "scores.csv", "figures/layers.png"):
         assert (out / name).stat().st_size > 0
     plan = yaml.safe_load((out / "strata.yaml").read_text())
     assert plan["provenance"]["tested"] is False
     assert plan["model"]["blocks"] == {"encoder": 3}
+
+
+def test_enough_tasks_give_verdict_and_strata_on_the_terminal(capsys):
+    from analysis.cli.probe import _print
+    from analysis.interpretation import Interpretation
+    from analysis.localization import localization_test
+    from analysis.suggestion import suggest_strata
+    from tests import report_fixtures, test_suggestion
+
+    curves = test_suggestion.saturating(12, basic=0.05, other=0.15)
+    results = report_fixtures.results()
+    test, strata = localization_test(curves), suggest_strata(curves, num_blocks=12)
+    interpretation = Interpretation(results, test, strata, (Path("report.html"),))
+    assert f"verdict='{test.verdict}', boundaries=(2, 6))" in repr(interpretation)
+    assert repr(results) == f"ProbeResults(not saved, {len(results.tasks)} task(s), status='unknown')"
+    assert len(repr(interpretation)) < 200
+    _print(results, interpretation)
+    shown = capsys.readouterr().out
+    assert test.sentence in shown
+    assert strata.explain() in shown
+    assert "freeze" in shown
 
 
 def test_json_is_one_document_for_programs(small_bert, tmp_path, cache):

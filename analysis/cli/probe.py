@@ -241,9 +241,15 @@ def _run(
 
 def _print(results: ProbeResults, interpretation: Interpretation) -> None:
     typer.echo(f"\n{results.to_markdown()}\n")
-    typer.echo(f"Verdict: {interpretation.verdict['verdict']}. {interpretation.verdict['sentence']}\n")
-    typer.echo("Strata:  " + interpretation.suggestion.explain() + "\n")
-    typer.echo(interpretation.suggestion.config.describe() + "\n")
+    suggestion = interpretation.suggestion
+    if interpretation.localization.conditions[0].tested:
+        typer.echo(f"Verdict: {interpretation.verdict['verdict']}. {interpretation.verdict['sentence']}\n")
+        typer.echo("Strata:  " + suggestion.explain() + "\n")
+        typer.echo(suggestion.config.describe() + "\n")
+    else:
+        typer.echo("Verdict: inconclusive. Too few tasks per level for a verdict; see the scores.")
+        placed = "No boundaries from these tasks; strata.yaml holds SPAFIT's own, scaled to the model's depth."
+        typer.echo(f"Strata:  {placed if suggestion.criterion == 'none' else suggestion.reason}\n")
     about: dict[str, list[str]] = {}
     for name, facts in results.run["tasks"].items():
         if facts["status"] == "failed":
