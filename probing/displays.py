@@ -343,13 +343,14 @@ def _heatmap(
     )
     cell = 0.46 if len(hidden) <= 14 else 0.36
     width, height = cell * len(hidden) + 3.0, 0.3 * len(labels) + 1.5
+    label = textwrap.fill("share of the task's best gain over chance", max(12, 6 * len(labels)))  # as long as the bar
     with plotting.style():
         figure = plotting.new_figure(width=max(width, 5.2), height=height)
         ax = figure.subplots()
         sns.heatmap(
             pd.DataFrame(shares, index=labels, columns=hidden), ax=ax, annot=text, fmt="", cmap="crest", vmin=0, vmax=1,
             linewidths=0.6, linecolor=plotting.PAPER, annot_kws={"fontsize": 7.5 if percent else 6.5},
-            cbar_kws={"label": "share of the task's best gain over chance", "shrink": 0.9, "aspect": 28, "pad": 0.015},
+            cbar_kws={"label": label, "ticks": (0, 0.5, 1), "shrink": 0.9, "aspect": 28, "pad": 0.015},
         )  # fmt: skip
         bar = ax.collections[0].colorbar
         assert bar is not None

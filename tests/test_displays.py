@@ -189,6 +189,17 @@ def test_heat_map_leaves_cells_without_a_score_empty(scores):
         task_layer_heatmap(table.assign(value=np.nan))
 
 
+@pytest.mark.parametrize("n_tasks", [1, 2, 3, 4])
+def test_the_heat_maps_colour_label_lies_within_the_figure(scores, n_tasks):
+    kept = list(dict.fromkeys(scores["task"]))[:n_tasks]
+    figure = task_layer_heatmap(scores[scores["task"].isin(kept)])
+    figure.canvas.draw()
+    label, page = figure.axes[1].yaxis.label.get_window_extent(), figure.bbox
+    margin = 2  # pixels: a line's extent holds the room of its descenders
+    assert page.x0 <= label.x0 < label.x1 <= page.x1 + margin
+    assert page.y0 <= label.y0 < label.y1 <= page.y1
+
+
 def test_models_of_different_depth_meet_at_relative_depth_one(scores):
     deep = made.scores(tasks=FOUR[1:], blocks=12)
     figure = relative_depth({"six": scores, "twelve": deep})
