@@ -52,6 +52,7 @@ def report_content(
     return {
         "model": str(run.get("model", {}).get("name", "model")),
         "facts": _facts(run, results.scores),
+        "limit": _limit(run),
         "command": run.get("command", ""),
         "overview": [_overview_row(r, names, rows) for r in rows],
         "details": [_detail(results, task, level, names) for level, task in ordered_tasks(results.scores)],
@@ -99,7 +100,8 @@ def _facts(run: Mapping[str, Any], scores: pd.DataFrame) -> list[tuple[str, str]
         ("Device, precision", " · ".join(str(run[k]) for k in ("device", "dtype") if run.get(k))),
         ("Date", str(run.get("created_at", ""))),
     ]
-    facts += [("Note", str(n)) for n in model.get("notes", [])]
+    facts += [("Limit", limit)] if (limit := _limit(run)) else []
+    facts += [("Note", str(n)) for n in model.get("notes", []) if n not in run.get("warnings", [])]
     return [(k, v) for k, v in facts if v]
 
 
@@ -286,6 +288,13 @@ def _strata(suggestion: StrataSuggestion) -> dict[str, Any]:
     return {"stacks": stacks, "explanation": explanation, "yaml": config.to_yaml()}
 
 
+def _limit(run: Mapping[str, Any]) -> str:
+    limit = (run.get("config") or {}).get("limit")
+    if not limit:
+        return ""
+    return f"Only the first {int(limit):,} items of each split were used (--limit): no evidence, a quick look."
+
+
 def _undated(summaries: pd.DataFrame) -> int:
     """Number of tasks without a date on the curves that the verdict uses: bits, above the random encoder if it ran."""
     if summaries.empty:
@@ -319,10 +328,8 @@ def caveats(
     rows = reported(scores)
     own = rows[rows["control"] == "none"]
     found = []
-    if limit := (run.get("config") or {}).get("limit"):
-        found.append(
-            f"Only the first {int(limit):,} items of each split were used (--limit): no evidence, a quick look."
-        )
+    if limit := _limit(run):
+        found.append(limit)
     if int(own["n_seeds"].max()) == 1:
         found.append("One fit per point: the intervals leave out the variation between training draws. Use more seeds.")
     if "random-encoder" not in set(rows["control"]):

@@ -259,6 +259,19 @@ def test_caveats_follow_the_run(results):
     assert "One fit per point" in " ".join(caveats(run, once, summaries))
 
 
+def test_a_limit_stands_in_the_banner_and_a_model_note_once(results, tmp_path):
+    run = {**results.run, "config": {"limit": 100}, "warnings": ["tuned elsewhere"]}
+    run["model"] = {**run["model"], "notes": ["tuned elsewhere"]}
+    write_report(replace(results, run=run), folder=tmp_path)
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        said = [m.start() for m in re.finditer(re.escape("Only the first 100 items of each split"), text)]
+        assert len(said) == 3  # banner, what was run, when not to trust
+        assert said[0] < text.index("What was run", text.index("<section") if name.endswith("html") else 0)
+        assert text.count("tuned elsewhere") == 1
+    assert report_content(results, verdict=None, suggestion=None)["limit"] == ""
+
+
 def test_suppressed_dates_are_counted_on_the_curves_that_the_verdict_uses(results):
     own = results.summaries[results.summaries["statistic"] == "emergence_cog"]
     accuracy = own.assign(metric="accuracy", control="none", value=float("nan"))
