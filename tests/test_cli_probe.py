@@ -156,12 +156,14 @@ def test_a_broken_reference_among_good_ones_is_listed_and_exits_with_3(small_ber
         (("--l2", "nan"), "positive, finite penalties", 2),
         (("--device", "gpu9", "--tasks", "core.tense"), "'auto', 'cpu'", 2),
         (("--config", "no-such.yaml"), "cannot be read", 2),
+        (("--tasks", "table:t.csv,text=txt,label=y"), "Did you mean 'text'", 2),
         (("--model", "./no-such-folder", "--tasks", "core.tense"), "no-such-folder", 1),
     ],
 )
 def test_bad_input_is_one_sentence_and_a_status(arguments, sentence, status, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["spafit-probe", *arguments])
+    (tmp_path / "t.csv").write_text("text,y\na,0\nb,1\n")
     with pytest.raises(SystemExit) as caught:
         run_guarded(probe_app)
     assert caught.value.code == status

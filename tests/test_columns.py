@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from probing.tasks.columns import parse_options, table_tasks
 from probing.tasks.splits import with_all_splits
-from spafit.errors import DataError, TaskError
+from spafit.errors import DataError, TaskError, UnknownTaskError
 from tests.paths import SHARED, needs_shared
 
 GLUE = SHARED / "glue"
@@ -276,3 +276,18 @@ def test_glue_files_run_as_they_come(body, expected, labels):
 def test_glue_similarity_is_refused_as_regression():
     with pytest.raises(TaskError, match="Bin the values"):
         read("STS-B,text=sentence1,text2=sentence2,label=score", GLUE)
+
+
+def test_a_header_that_was_read_as_data_is_noted_and_a_wrong_number_lists_it(tmp_path):
+    split = ["train"] * 20 + ["dev"] * 5 + ["test"] * 5
+    rows = [f"text {i}\t{'yes' if i % 2 else 'no'}\t{s}" for i, s in enumerate(split)]
+    (tmp_path / "h.tsv").write_text("\n".join(["sentence\tlabel\ttrain", *rows]) + "\n")
+    (tmp_path / "p.tsv").write_text("\n".join(rows) + "\n")
+    (task,) = table_tasks("h.tsv,text=0,label=1,split=2", base=tmp_path)
+    assert "h.tsv: line 1 (sentence, label, train) looks like a header" in task.notes[0]
+    (plain,) = table_tasks("p.tsv,text=0,label=1,split=2", base=tmp_path)
+    assert not any("header" in note for note in plain.notes)
+    with pytest.raises(UnknownTaskError, match=r"no column '7'.*has 0, 1, 2\..*1 is 'sentence', 'label', 'train'"):
+        table_tasks("h.tsv,text=0,label=7", base=tmp_path)
+    with pytest.raises(UnknownTaskError, match="It has sentence, label, train"):
+        table_tasks("h.tsv,text=0,label=1,header=yes", base=tmp_path)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from probing.tasks.conllu import DEFAULT, DERIVATIONS, equal_bins, treebank_tasks
 from probing.tasks.treebank import read_treebank, word_depths
-from spafit.errors import DataError, TaskError
+from spafit.errors import DataError, TaskError, UnknownTaskError
 from tests.paths import SHARED, needs_shared
 
 EWT = SHARED / "ud/UD_English-EWT"
@@ -169,7 +169,9 @@ def test_features_cover_the_words_that_have_them(tmp_path):
     treebank = read_treebank(folder(tmp_path, conllu(A, B), conllu(A, B), conllu(A, B)))
     (task,) = treebank_tasks(treebank, ["feats.Number"])
     assert Counter(label for _, label in items_of(task, "test")) == {"Plur": 1, "Sing": 2}
-    with pytest.raises(TaskError, match=r"no feature 'Nmber'\. Did you mean 'Number'\? Its FEATS keys are Number"):
+    with pytest.raises(
+        UnknownTaskError, match=r"no feature 'Nmber'\. Did you mean 'Number'\? Its FEATS keys are Number"
+    ):
         treebank_tasks(treebank, ["feats.Nmber"])
     with pytest.raises(TaskError, match="no FEATS key with two values of at least 100 training"):
         treebank_tasks(treebank, ["feats"])
@@ -186,7 +188,7 @@ def test_feats_takes_every_key_with_support(tmp_path):
 
 def test_an_unknown_task_is_answered_with_the_nearest(tmp_path):
     treebank = read_treebank(folder(tmp_path, conllu(A), conllu(A), conllu(B)))
-    with pytest.raises(TaskError, match=r"no task 'upso'\. Did you mean 'upos'\? Use upos, xpos"):
+    with pytest.raises(UnknownTaskError, match=r"no task 'upso'\. Did you mean 'upos'\? Use upos, xpos"):
         treebank_tasks(treebank, ["upso"])
 
 

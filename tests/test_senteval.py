@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from probing.tasks.senteval import LEVELS, senteval_tasks
-from spafit.errors import DataError, TaskError
+from spafit.errors import DataError, TaskError, UnknownTaskError
 from tests.paths import SHARED, needs_shared
 
 DERIVED = SHARED / "senteval_derived_from_ewt"
@@ -88,7 +88,7 @@ def test_a_label_in_test_only_is_an_error(folder):
 
 
 def test_what_is_not_there_is_said(folder, tmp_path):
-    with pytest.raises(TaskError, match=r"has no task 'past'\. .*It has past_present, sentence_length"):
+    with pytest.raises(UnknownTaskError, match=r"has no task 'past'\. .*It has past_present, sentence_length"):
         senteval_tasks(folder, ["past"])
     with pytest.raises(DataError, match="no such file or folder"):
         senteval_tasks(tmp_path / "nowhere")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -22,7 +22,7 @@ from probing.tasks.base import LEVELS, UNITS, Corpus, Level, Task, Text, Unit
 from probing.tasks.reading import licence_of, overlap_notes, safe_name, sorted_labels
 from probing.tasks.splits import with_all_splits
 from spafit.data.tables import Quoting, read_table_file, table_suffix
-from spafit.errors import DataError, TaskError, did_you_mean
+from spafit.errors import DataError, TaskError, UnknownTaskError, did_you_mean
 
 #: Distinct decimal numbers above which labels are taken for measurements rather than classes.
 MAX_DECIMALS = 20
@@ -33,6 +33,8 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "te"), "test"),
 }
 _FILE_STEMS = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
+#: A cell that could be the name of a column.
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*( [A-Za-z0-9_.-]+)?")
 _OPTION = re.compile(r",([A-Za-z0-9_]+)=")
 
 
@@ -159,15 +161,15 @@ def table_tasks(body: str, *, base: Path) -> list[Task]:
     stem = path.name[: path.name.index(table_suffix(path))] if path.is_file() else path.resolve().name
     if path.is_file() and stem.lower() in SPLIT_NAMES:
         stem = folder.resolve().name
-    return [
-        task_from_parts(
-            parts,
-            options,
-            name=options.name or safe_name(stem).lower(),
-            source=f"{folder.resolve().name}/{path.name}" if path.is_file() else path.resolve().name,
-            licence=licence_of(folder),
-        )
-    ]
+    task = task_from_parts(
+        parts,
+        options,
+        name=options.name or safe_name(stem).lower(),
+        source=f"{folder.resolve().name}/{path.name}" if path.is_file() else path.resolve().name,
+        licence=licence_of(folder),
+    )
+    headers = [_header_note(part, options) for part in parts if not header and options.label in part.frame.columns]
+    return [replace(task, notes=(*filter(None, headers), *task.notes))]
 
 
 def _files(reference: str, path: Path, options: Options) -> list[tuple[str, Path, bool]]:
@@ -282,12 +284,25 @@ def _unlabelled(part: Part, column: str) -> bool:
 
 def _check_columns(part: Part, columns: Mapping[str, str]) -> None:
     names = [str(c) for c in part.frame.columns]
+    cells = ", ".join(repr(str(cell)[:30]) for cell in part.frame.iloc[0])
+    first_line = f" It was read without a header; line 1 is {cells}." if all(map(str.isdecimal, names)) else ""
     for option, column in columns.items():
         if column not in names:
-            raise TaskError(
+            raise UnknownTaskError(
                 f"{part.where}: has no column {column!r} ({option}=).{did_you_mean(column, names)} "
-                f"It has {', '.join(names)}."
+                f"It has {', '.join(names)}.{first_line}"
             )
+
+
+def _header_note(part: Part, options: Options) -> str:
+    """A note if the first row of a table without a header looks like names: short words, a label found nowhere else."""
+    first, labels = part.frame.iloc[0], part.frame[options.label].tolist()
+    if len(labels) < 2 or labels[0] in labels[1:] or not all(_NAME.fullmatch(str(cell)) for cell in first):
+        return ""
+    return (
+        f"{Path(part.where).name}: line 1 ({', '.join(map(str, first))}) looks like a header but was read as "
+        "data, because the columns are given by number. If it is one, give the columns by name."
+    )
 
 
 def _unit(part: Part, options: Options) -> Unit:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from probing.tasks.base import Corpus, Level, Task, Text, Unit
 from probing.tasks.treebank import Sentence, Treebank
-from spafit.errors import TaskError, did_you_mean
+from spafit.errors import TaskError, UnknownTaskError, did_you_mean
 from spafit.runtime import generator
 
 #: Tasks that a reference without ``#…`` asks for.
@@ -156,7 +156,7 @@ def _derive(treebank: Treebank, name: str) -> Task:
         return _word_content(treebank)
     if name == "bigram_shift":
         return _bigram_shift(treebank)
-    raise TaskError(
+    raise UnknownTaskError(
         f"A treebank gives no task {name!r}.{did_you_mean(name, DERIVATIONS)} "
         f"Use {', '.join(DERIVATIONS)}, or feats.<KEY> such as feats.Number."
     )
@@ -250,7 +250,7 @@ def _feature_task(treebank: Treebank, key: str) -> Task:
     by_cell = {cell: _features(cell).get(key, "") for cell in {c for s in treebank.sentences for c in s.feats}}
     if not any(by_cell.values()):
         found = sorted({k for cell in by_cell for k in _features(cell)})
-        raise TaskError(
+        raise UnknownTaskError(
             f"Treebank {treebank.name!r} has no feature {key!r}.{did_you_mean(key, found)} "
             f"Its FEATS keys are {', '.join(found) or 'none'}."
         )

@@ -11,7 +11,7 @@ import pandas as pd
 from probing.tasks.base import Corpus, Level, Task, Text
 from probing.tasks.reading import licence_of, overlap_notes, safe_name, sorted_labels
 from spafit.data.tables import read_lines
-from spafit.errors import DataError, TaskError, did_you_mean
+from spafit.errors import DataError, TaskError, UnknownTaskError, did_you_mean
 
 #: Levels of the ten tasks of Conneau et al. (2018), by file name; any other task is filed under ``other``.
 LEVELS: dict[str, Level] = {
@@ -73,7 +73,9 @@ def senteval_tasks(path: Path, names: Sequence[str] | None = None) -> list[Task]
     stems = [f.stem for f in files]
     for name in names or ():
         if name not in stems:
-            raise TaskError(f"{path}: has no task {name!r}.{did_you_mean(name, stems)} It has {', '.join(stems)}.")
+            raise UnknownTaskError(
+                f"{path}: has no task {name!r}.{did_you_mean(name, stems)} It has {', '.join(stems)}."
+            )
     folder = files[0].resolve().parent
     name = safe_name(folder.name) or "senteval"
     rows = {file.stem: _read(file) for file in files}
