@@ -36,7 +36,10 @@ def find_run(config: ProbeConfig) -> Path | None:
     if config.out is not None:
         return Path(config.out)
     for file in sorted(Path("runs").glob("*/run.json")):
-        earlier = _read(file.parent)["config"]
+        try:
+            earlier = _read(file.parent)["config"]
+        except OutputError:  # another folder's damage is no matter of this run; its own is found once its name is known
+            continue
         if earlier.get("model") == config.model and earlier.get("out") is None:
             return file.parent
     return None
@@ -105,7 +108,9 @@ def _read(out: Path) -> dict[str, Any]:
             "--overwrite always."
         ) from error
     content = content if isinstance(content, dict) else {}
-    mappings = {key: content.get(key) if isinstance(content.get(key), dict) else {} for key in ("config", "tasks")}
+    mappings: dict[str, Any] = {
+        key: content.get(key) if isinstance(content.get(key), dict) else {} for key in ("config", "tasks")
+    }
     return {**content, **mappings}
 
 

@@ -53,6 +53,8 @@ def test_other_options_are_refused_before_the_model_loads_and_change_nothing(sma
 
 def test_the_default_folder_is_checked_before_the_model_loads_too(small_bert, tmp_path, cache, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "damaged").mkdir(parents=True)
+    (tmp_path / "runs" / "damaged" / "run.json").write_text("{")
     quick(small_bert, None)
     assert quick(small_bert, None).folder.is_dir()
     monkeypatch.setattr("spafit.models.load_model", None)
