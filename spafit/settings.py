@@ -28,8 +28,9 @@ class TrainSettings:
         warmup: share of the steps with a rising rate.
         schedule: rate after the warm-up.
         max_length: tokens kept of each item; longer ones are cut, counted and reported.
+        group_by_length: draw batches of similar length, shuffled by seed, so that little is padded; False draws at random.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-        max_train: training items kept, stratified by label; None keeps all.
+        max_train: training items used, the held-out share included, stratified by label; None uses all.
         select_share: share of the training items that is held out to choose the best checkpoint and to stop early, so
             that the reported split is never selected on; 0 reports the last checkpoint.
         patience: stop after so many evaluations without a better score on the held-out share; 0 never stops early.
@@ -52,6 +53,7 @@ class TrainSettings:
     warmup: float = 0.06
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     max_length: int = 128
+    group_by_length: bool = True
     max_grad_norm: float = 1.0
     max_train: int | None = None
     select_share: float = 0.1

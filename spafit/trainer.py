@@ -233,6 +233,7 @@ def training_arguments(
         logging_strategy="steps",
         logging_steps=settings.log_steps,
         logging_nan_inf_filter=False,
+        train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_num_workers=settings.workers,

@@ -248,7 +248,7 @@ def _run(
 
     from spafit import checkpoint
     from spafit.batches import encode
-    from spafit.data.glue import class_weights, stratified_subset
+    from spafit.data.glue import class_weights
     from spafit.metrics import compute_metrics, headline
     from spafit.monitor import StepMonitor
     from spafit.retain import prices
@@ -256,9 +256,7 @@ def _run(
     from spafit.trainer import StratifiedTrainer, training_arguments
 
     frame = data.frames["train"]
-    kept, held = hold_out(frame, settings.select_share, seed=seed)
-    if settings.max_train is not None and settings.max_train < len(kept):
-        kept = stratified_subset(kept, settings.max_train, seed)
+    kept, held = hold_out(frame, settings.select_share, seed=seed, most=settings.max_train)
 
     def encoded_of(rows: pd.DataFrame) -> EncodedTexts:
         return encode(rows, tokenizer, max_length=settings.max_length, regression=data.regression)

@@ -71,8 +71,15 @@ class TrainData:
         return replace(self, frames=frames, digests={})
 
 
-def hold_out(frame: pd.DataFrame, share: float, *, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Split off ``share`` of the training items, in the shares of the labels, to select on: (kept, held out)."""
+def hold_out(
+    frame: pd.DataFrame, share: float, *, seed: int, most: int | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Split the training items into those trained on and ``share`` of them held out to select on: (kept, held out).
+
+    With ``most``, only so many are used in all. Both draws keep the shares of the labels.
+    """
+    if most is not None and most < len(frame):
+        frame = stratified_subset(frame, most, seed)
     n = round(share * len(frame))
     if n == 0:
         return frame, frame.iloc[:0]
