@@ -18,7 +18,7 @@ N_WORLDS = 20
 
 
 def states_of(strength: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """States (hidden, items, width) that tell the labels at each hidden state as well as ``strength`` (hidden,) says."""
+    """States (hidden, items, width) telling the labels at each hidden state as well as ``strength`` (hidden,) says."""
     shared = rng.standard_normal((ITEMS, WIDTH))
     direction = rng.standard_normal(WIDTH)
     direction /= np.linalg.norm(direction)

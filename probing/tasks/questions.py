@@ -365,8 +365,8 @@ QUESTIONS = (
         ("no", "yes"),
         _distant_subject,
         "Noun for a person: whether it is the subject of the sentence's last verb ('the nurse who called the pilot "
-        "ironed' / 'the nurse called the pilot who ironed'); one of two is. Syntax: attachment of a relative clause. The "
-        "relative pronoun right after the noun gives it away, so a reader of neighbouring words suffices.",
+        "ironed' / 'the nurse called the pilot who ironed'); one of two is. Syntax: attachment of a relative clause. "
+        "The relative pronoun right after the noun gives it away, so a reader of neighbouring words suffices.",
     ),
     Question(
         "tense",
