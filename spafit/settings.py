@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from spafit.errors import UsageError
@@ -28,7 +29,8 @@ class TrainSettings:
         warmup: share of the steps with a rising rate.
         schedule: rate after the warm-up.
         max_length: tokens kept of each item; longer ones are cut, counted and reported.
-        group_by_length: draw batches of similar length, shuffled by seed, so that little is padded; False draws at random.
+        group_by_length: draw batches of similar length, in an order of the seed's, so that little is padded; False
+            draws them at random.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
         max_train: training items used, the held-out share included, stratified by label; None uses all.
         select_share: share of the training items that is held out to choose the best checkpoint and to stop early, so
@@ -98,6 +100,16 @@ class TrainSettings:
         unknown = [t for t in self.track if t not in TRACKERS]
         if unknown:
             raise UsageError(f"track {unknown[0]!r} is not known. Trackers: {', '.join(TRACKERS)}.")
+
+    def check_trackers(self) -> None:
+        """See that what the run reports to is installed.
+
+        Raises:
+            UsageError: a tracker's package is missing.
+        """
+        for tracker in self.track:
+            if find_spec(tracker) is None:
+                raise UsageError(f"track {tracker} needs a package that is not installed: pip install {tracker}.")
 
     def for_plan(self, config: StrataConfig) -> TrainSettings:
         """The same settings with the learning rate filled in from the plan's method, where none was given."""

@@ -1,6 +1,6 @@
 """MiniLM on small GLUE tasks with every kind of plan: the raw rows behind this folder's table.
 
-python docs/results/glue_minilm/run.py DATA RUNS [TASK …]   train what rows.csv lacks (resumable in RUNS), write rows.csv
+python docs/results/glue_minilm/run.py DATA RUNS [TASK …]   train what rows.csv lacks, in RUNS; write both files
 python docs/results/glue_minilm/run.py                      write README.md from rows.csv
 
 DATA is a folder of GLUE files. Each task × method runs in a process of its own, so that its peak memory is its own.
@@ -124,13 +124,13 @@ def _reading(best: pd.DataFrame) -> list[str]:
         means, spread = scores.mean().sort_values(ascending=False), scores.std().mean()
         within = [m for m in means.index if means.iloc[0] - means[m] <= 2 * spread]
         lines.append(
-            f"- {task}: best mean {means.index[0]} ({means.iloc[0]:.3f}); {len(within)} of {len(means)} plans lie within "
-            f"two typical standard deviations over seeds ({2 * spread:.3f}) of it: {', '.join(within)}."
+            f"- {task}: best mean {means.index[0]} ({means.iloc[0]:.3f}); {len(within)} of {len(means)} plans lie "
+            f"within two typical standard deviations over seeds ({2 * spread:.3f}) of it: {', '.join(within)}."
         )
     lines += [
         "- Seconds and memory are of two shared cores beside other work; ratios of speed belong to `tests/bench`.",
-        "- A sentence encoder of six blocks, few items and three seeds: differences between plans that are smaller than "
-        "the spread over seeds are not differences. Nothing here speaks about BERT-large or full training sets.",
+        "- A sentence encoder of six blocks, few items and three seeds: differences between plans that are smaller "
+        "than the spread over seeds are not differences. Nothing here speaks about BERT-large or full training sets.",
     ]
     return lines
 
