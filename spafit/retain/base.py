@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from spafit.errors import ModelError, UsageError
+from spafit.retain.items import data_digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,6 +60,7 @@ class PricedRemedy(ABC):
     """
 
     name: str
+    _shown: tuple[str, ...] = ()
 
     def __init__(self, weight: float):
         if isinstance(weight, bool) or not math.isfinite(weight) or weight < 0:
@@ -66,6 +68,12 @@ class PricedRemedy(ABC):
         self.weight = float(weight)
         self.seconds, self.setup_seconds, self.bytes = 0.0, 0.0, 0
         self._ready = False
+
+    def __repr__(self) -> str:
+        """The remedy as on the command line, with a digest in the place of data: equal texts mean equal remedies."""
+        values = ((n, getattr(self, n)) for n in self._shown)
+        shown = [f"{n}={data_digest(v)[:16] if n == 'data' else v}" for n, v in values]
+        return ",".join([f"{self.name}:{self.weight!r}", *shown])
 
     def prepare(self, stratified: StratifiedModel, tokenizer: Any, *, max_length: int, device: str) -> None:
         """Keep what is needed of the start and measure the price; nothing is done at weight 0.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from spafit import io
 from spafit.errors import DataError, ModelError, did_you_mean
 from spafit.runtime import generator
 
@@ -169,6 +170,20 @@ def step_items(
     frame = frame[columns].assign(label=np.nan if labels is None else labels)
     encoded = encode(frame, tokenizer, max_length=max_length, regression=output_of(model) == "number")
     return StepItems(encoded, tokenizer, batch_size, seed, device)
+
+
+def data_digest(data: TextData) -> str:
+    """SHA-256 over the texts and labels that a remedy was given."""
+    import pandas as pd
+
+    from spafit.data.training import TrainData
+
+    if isinstance(data, TrainData):
+        return data.digest
+    if not isinstance(data, pd.DataFrame):
+        return io.content_digest(["texts", *data])
+    columns = [c for c in ("text", "text2", "label") if c in data]
+    return io.content_digest(["table", *columns, *(value for c in columns for value in data[c])])
 
 
 def label_codes(frame: pd.DataFrame, classes: Sequence[str] | None, model: Any) -> np.ndarray:

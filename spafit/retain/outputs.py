@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from spafit.errors import ModelError, UsageError
+from spafit.errors import DataError, ModelError, UsageError
 from spafit.retain.base import PricedRemedy
 from spafit.retain.items import evaluating, output_of, plain_model, step_items
 
@@ -42,6 +42,7 @@ class KLToBase(PricedRemedy):
     """
 
     name = "kl"
+    _shown = ("temperature", "batch_size", "seed", "data")
 
     def __init__(self, weight: float, *, data: TextData, temperature: float = 1.0, batch_size: int = 16, seed: int = 0):
         if not (math.isfinite(temperature) and temperature > 0):
@@ -66,14 +67,6 @@ class KLToBase(PricedRemedy):
             device=device,
         )
         self._token_wise = output != "classes"
-        wide = model.config.vocab_size if output in ("causal-lm", "masked-lm") else model.config.num_labels
-        lengths = self._items.encoded.lengths
-        size = 4 * wide * int(lengths.sum() if self._token_wise else len(lengths))
-        if size > MAX_KEPT_BYTES:
-            raise UsageError(
-                f"kl would keep {size / 1024**3:.1f} GiB of the base's outputs ({int(lengths.sum())} tokens × {wide} "
-                f"values); at most {MAX_KEPT_BYTES / 1024**3:.0f} are kept. Give fewer texts or a lower max_length."
-            )
         if stratified.is_adapter:
             with stratified.base_model() as base:
                 self._kept = self._logits(base)
@@ -90,12 +83,23 @@ class KLToBase(PricedRemedy):
             for positions in self._items.chunks():
                 inputs = self._items.batch(positions)
                 logits = model(**inputs).logits.float().cpu()
+                if not kept:
+                    self._refuse_too_much(logits.shape[-1])
                 if self._token_wise:
                     masks = inputs["attention_mask"].bool().cpu()
                     kept += [row[mask].clone() for row, mask in zip(logits, masks, strict=True)]
                 else:
                     kept += list(logits)
         return kept
+
+    def _refuse_too_much(self, wide: int) -> None:
+        lengths = self._items.encoded.lengths
+        rows = int(lengths.sum()) if self._token_wise else len(lengths)
+        if (size := 4 * wide * rows) > MAX_KEPT_BYTES:
+            raise UsageError(
+                f"kl would keep {size / 1024**3:.1f} GiB of the base's outputs ({rows} × {wide} values); at most "
+                f"{MAX_KEPT_BYTES / 1024**3:.1f} GiB are kept. Give fewer texts, or a lower max_length."
+            )
 
     def _divergence(self, stratified: StratifiedModel, positions: Sequence[int], temperature: float) -> torch.Tensor:
         """KL in nats of some items: (items,), or (unpadded positions,)."""
@@ -141,10 +145,11 @@ class Replay(PricedRemedy):
 
     Raises:
         UsageError: a batch size below 1.
-        DataError: (from ``prepare``) labels are missing or not the head's.
+        DataError: (from ``prepare``) labels are missing or not the head's, or a text has no next token.
     """
 
     name = "replay"
+    _shown = ("batch_size", "seed", "data")
 
     def __init__(self, weight: float, *, data: TextData, batch_size: int = 16, seed: int = 0):
         super().__init__(weight)
@@ -168,6 +173,8 @@ class Replay(PricedRemedy):
             seed=self.seed,
             device=device,
         )
+        if self._causal and self._items.encoded.lengths.min() < 2:
+            raise DataError("replay: a text of fewer than two tokens has no next token to learn. Leave it out.")
         self.bytes = self._items.bytes
 
     def _term(self, stratified: StratifiedModel, step: int) -> torch.Tensor:

@@ -33,6 +33,7 @@ class L2SP(PricedRemedy):
     """
 
     name = "l2sp"
+    _shown = ("heads",)
 
     def __init__(self, weight: float, *, heads: Literal["leave", "hold"] = "leave"):
         if heads not in ("leave", "hold"):
@@ -94,6 +95,7 @@ class EWC(PricedRemedy):
     """
 
     name = "ewc"
+    _shown = ("labels", "seed", "data")
 
     def __init__(self, weight: float, *, data: TextData, labels: Literal["model", "given"] = "model", seed: int = 0):
         if labels not in ("model", "given"):
