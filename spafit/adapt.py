@@ -6,13 +6,14 @@ import copy
 import dataclasses
 import html
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spafit.errors import ConfigError, ModelError
+from spafit.layout import is_inside
 from spafit.resolve import Part, ResolvedPlan, resolve
 
 if TYPE_CHECKING:
@@ -236,26 +237,61 @@ def apply_strata(model: nn.Module | LoadedModel, config: StrataConfig) -> Strati
     return stratified
 
 
-def plan_for(model: nn.Module, config: StrataConfig | str, *, model_id: str = "unnamed") -> StrataConfig:
+def plan_for(
+    model: nn.Module, config: StrataConfig | str, *, model_id: str = "unnamed", missing: Collection[str] = ()
+) -> StrataConfig:
     """The plan itself, or the preset of that name made for this model (which may be on the meta device).
 
+    Args:
+        model: the model, not wrapped.
+        config: a plan or a preset's name.
+        model_id: the model's reference, for people.
+        missing: parameters that the checkpoint lacks. What starts from random weights must train, or no saved adapter
+            brings it back: a preset then trains the pooler in full and says so, a plan of the user's is refused.
+
     Raises:
-        ConfigError: unknown preset, or one that does not fit the model.
+        ConfigError: unknown preset, one that does not fit the model, or a plan that freezes what is missing.
     """
     from spafit.stacks import find_stacks
     from spafit.strata import StrataConfig
 
     if isinstance(config, StrataConfig):
-        return config
-    stacks = find_stacks(model)
-    return StrataConfig.preset(
-        config,
-        blocks={s.name: s.num_blocks for s in stacks},
-        bias_roles={s.name: s.bias_roles for s in stacks},
-        roles={s.name: tuple(s.roles) for s in stacks},
-        count=lambda plan: count_trainable(model, plan),
-        model_id=model_id,
-    )
+        plan = config
+    else:
+        stacks = find_stacks(model)
+        plan = StrataConfig.preset(
+            config,
+            blocks={s.name: s.num_blocks for s in stacks},
+            bias_roles={s.name: s.bias_roles for s in stacks},
+            roles={s.name: tuple(s.roles) for s in stacks},
+            count=lambda plan: count_trainable(model, plan),
+            model_id=model_id,
+        )
+    frozen = _frozen_parts(model, plan, missing) if missing else {}
+    if set(frozen) == {"pooler"} and isinstance(config, str):
+        said = f"pooler: full for {plan.outside.pooler}, the checkpoint has none, so it starts from random weights"
+        before = list(plan.provenance.get("substitutions", ()))
+        outside = dataclasses.replace(plan.outside, pooler="full")
+        plan = dataclasses.replace(plan, outside=outside).with_provenance({"substitutions": [*before, said]})
+    elif frozen:
+        place, names = next(iter(frozen.items()))
+        raise ConfigError(
+            f"{', '.join(names[:3])} start from random weights, since the checkpoint lacks them, and the plan leaves "
+            f"them frozen, so that no saved adapter could bring them back. Train them ({place}: full), or use a "
+            "checkpoint that has them."
+        )
+    return plan
+
+
+def _frozen_parts(model: nn.Module, plan: StrataConfig, missing: Collection[str]) -> dict[str, list[str]]:
+    """Part -> missing parameters in it that the plan neither trains nor keeps."""
+    found: dict[str, list[str]] = {}
+    for part in resolve(model, plan).parts:
+        kept = {n for n in part.own if n in part.biases or any(is_inside(n, m) for m in part.saved)}
+        lost = [n for n in part.own if n in missing and n not in kept]
+        if lost:
+            found[part.name] = lost
+    return found
 
 
 def count_trainable(model: nn.Module, config: StrataConfig) -> int:

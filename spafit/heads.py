@@ -37,6 +37,7 @@ class HeadedModel:
         revision: the hub's commit, or None.
         folder: where the files lie.
         head: the kind of head.
+        missing: names of the parameters that the checkpoint lacks, which start from random weights.
         notes: what a report must say, such as that the head starts from random weights.
     """
 
@@ -47,6 +48,7 @@ class HeadedModel:
     revision: str | None
     folder: Path
     head: Head
+    missing: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -126,7 +128,7 @@ def load_with_head(
     tokenizer = None if head == "image-classification" else load_tokenizer([found], required=True)
     if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return HeadedModel(model, tokenizer, name, said, found.revision, found.folder, head, tuple(notes))
+    return HeadedModel(model, tokenizer, name, said, found.revision, found.folder, head, tuple(missing), tuple(notes))
 
 
 def build_without_weights(

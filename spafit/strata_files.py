@@ -317,8 +317,10 @@ def dump_yaml(config: StrataConfig) -> str:
     content["strata"] = [_flow(s) if len(s) == 3 else {k: _flow(v) for k, v in s.items()} for s in content["strata"]]
     if "provenance" in content:
         content["provenance"] = {k: _flow_if_short(v) for k, v in content["provenance"].items()}
+    first = range(*config.strata[0].blocks)
+    said = f"blocks {first[0]} to {first[-1]}" if len(first) > 1 else f"block {first[0]}"
     comments = [
-        "# Block ranges are half-open: [0, 5] is blocks 0 to 4, and block 0 follows the embeddings.",
+        f"# Block ranges are half-open: [{first.start}, {first.stop}] is {said}; block 0 follows the embeddings.",
         f"# Methods: {', '.join(METHODS)}.",
     ]
     if any(s.lora is not None for s in config.strata):

@@ -250,3 +250,16 @@ def test_plain_peft_and_plain_transformers_give_the_same_logits_where_this_packa
     )
     for found in json.loads(done.stdout):
         torch.testing.assert_close(torch.tensor(found), expected, atol=1e-6, rtol=0)
+
+
+def test_a_pooler_that_the_checkpoint_lacks_is_trained_and_saved_or_the_plan_is_refused():
+    missing = ("bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias")
+    model = tiny("bert", auto=ALL["bert"])
+    plan = plan_for(model, "spafit-scaled-I", missing=missing)
+    assert plan.outside.pooler == "full"
+    assert "pooler: full for bitfit" in plan.provenance["substitutions"][-1]
+    assert set(missing) <= set(apply_strata(model, plan).trainable)
+    own = plan_for(tiny("bert", auto=ALL["bert"]), "spafit-scaled-I")
+    assert own.outside.pooler == "bitfit"
+    with pytest.raises(ConfigError, match=r"bert\.pooler\.dense\.weight start from random weights"):
+        plan_for(tiny("bert", auto=ALL["bert"]), own, missing=missing)
