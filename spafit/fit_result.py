@@ -83,7 +83,10 @@ class FitResult:
         trained = (
             f"{int(first['trainable'].iloc[0]):,} ({100 * first['trainable'].iloc[0] / first['total'].iloc[0]:.2f} %)"
         )
-        for row in self.to_pandas().to_dict("records"):
+        table = self.to_pandas()
+        if table["metric"].nunique() == 2:  # one metric and the headline that repeats it
+            table = table[table["metric"] != "headline"]
+        for row in table.to_dict("records"):
             spread = f" ± {row['sd']:.3f}" if row["seeds"] > 1 else ""
             score = f"{row['mean']:.3f}{spread} (n = {row['seeds']})"
             lines.append(
@@ -113,7 +116,8 @@ class FitResult:
                 other.plot(rows["step"], rows["value"], "o-", color="#0072B2", linewidth=1.2, markersize=3, label=label)
             other.set_ylabel("score")
             other.legend(loc="lower right", frameon=False)
-        ax.legend(loc="upper right", frameon=False)
+        if len(loss):  # a run shorter than the logging interval has no rows of training loss
+            ax.legend(loc="upper right", frameon=False)
         ax.set_title(f"{self.run['task']}, {self.run['method']}")
         return ax
 
