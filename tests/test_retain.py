@@ -117,13 +117,13 @@ def task_a(n: int, key: str, *, noise: float = 0.0) -> pd.DataFrame:
 
 
 def task_b(n: int, key: str) -> pd.DataFrame:
-    """Four letters that both tasks share and three new ones; e and f mean class 1, against task A; g and h class 0."""
+    """Seven letters; class 1: three of efgh, against task A's rule, and four of ij, which are new; class 0: kl."""
     rng = generator(0, "task b", key)
     rows = []
     for _ in range(n):
         label = int(rng.integers(2))
-        shared, new = ("ef", "ij") if label else ("gh", "kl")
-        letters = [*rng.choice(list(shared), 4), *rng.choice(list(new), 3)]
+        shared, new = ("efgh", "ij") if label else ("kl", "kl")
+        letters = [*rng.choice(list(shared), 3), *rng.choice(list(new), 4)]
         rows.append((" ".join(rng.permutation(letters)), label))
     return pd.DataFrame(rows, columns=["text", "label"])
 
@@ -154,9 +154,9 @@ def accuracy_and_loss(model: Any, frame: pd.DataFrame) -> tuple[float, float]:
 
 MEMORY = task_a(96, "memory", noise=0.1)
 REMEDIES: dict[str, Callable[[], PricedRemedy]] = {
-    "l2sp": lambda: L2SP(1.0, heads="hold"),
-    "ewc": lambda: EWC(1e5, data=MEMORY),
-    "ewc, given labels": lambda: EWC(1e5, data=MEMORY, labels="given"),
+    "l2sp": lambda: L2SP(0.5, heads="hold"),
+    "ewc": lambda: EWC(1e6, data=MEMORY),
+    "ewc, given labels": lambda: EWC(1e6, data=MEMORY, labels="given"),
     "kl": lambda: KLToBase(1.0, data=MEMORY["text"].tolist()),
     "replay": lambda: Replay(1.0, data=MEMORY),
 }
@@ -178,7 +178,7 @@ def then_b(after_a: Any, method: str, remedies: Sequence[PricedRemedy]) -> tuple
     start = snapshot(model)
     for remedy in remedies:
         remedy.prepare(model, TOKENIZER, **PREPARED)
-    train(model, task_b(512, "train"), steps=200, rate=1e-3, remedies=remedies)
+    train(model, task_b(512, "train"), steps=250, rate={"full": 1e-3, "lora+bitfit": 3e-3}[method], remedies=remedies)
     return (
         model,
         start,
