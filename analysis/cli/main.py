@@ -10,6 +10,8 @@ import typer
 
 from analysis.cli.cache import cache_app
 from analysis.cli.cite import cite
+from analysis.cli.glue import EXAMPLES as GLUE_EXAMPLES
+from analysis.cli.glue import glue
 from analysis.cli.probe import EXAMPLES, probe
 from analysis.cli.report import report
 from analysis.cli.tasks import tasks_app
@@ -30,6 +32,7 @@ app.command("train", epilog=TRAIN_EXAMPLES)(train)
 app.command("evaluate")(evaluate)
 app.command("predict")(predict)
 app.command("merge")(merge)
+app.command("glue", epilog=GLUE_EXAMPLES)(glue)
 app.command("report")(report)
 app.command("cite")(cite)
 app.add_typer(tasks_app, name="tasks")
