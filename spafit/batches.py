@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from spafit.runtime import generator
+
 if TYPE_CHECKING:
     import torch
+
+#: Batches whose items are sorted by length among themselves, then drawn in random order.
+_BATCHES_SORTED_TOGETHER = 50
 
 
 @dataclass(frozen=True)
@@ -21,11 +26,13 @@ class EncodedTexts:
         items: what the tokenizer gave for each item (``input_ids``, ``attention_mask``, …), unpadded.
         labels: codes (int) or values (float), shape (items,); None without labels.
         truncated: number of items that were cut at the window.
+        window: tokens kept of an item, at most.
     """
 
     items: tuple[Mapping[str, list[int]], ...]
     labels: np.ndarray | None
     truncated: int
+    window: int = 0
 
     def __len__(self) -> int:
         return len(self.items)
@@ -52,7 +59,7 @@ def encode(frame: pd.DataFrame, tokenizer: Any, *, max_length: int, regression: 
     if "text2" in frame:
         texts.append(frame["text2"].tolist())
     if not len(frame):
-        return EncodedTexts((), None, 0)
+        return EncodedTexts((), None, 0, window)
     settings = {"return_attention_mask": True, "return_token_type_ids": None}
     encoded = tokenizer(*texts, truncation=True, max_length=window, **settings)
     keys = [k for k in encoded if k in tokenizer.model_input_names or k in ("input_ids", "attention_mask")]
@@ -63,9 +70,43 @@ def encode(frame: pd.DataFrame, tokenizer: Any, *, max_length: int, regression: 
         again = tokenizer(*[[column[i] for i in full] for column in texts], truncation=False, verbose=False)
         cut = sum(len(ids) > window for ids in again["input_ids"])
     labels = None
-    if len(frame) and frame["label"].notna().all():
+    if frame["label"].notna().all():
         labels = frame["label"].to_numpy(dtype=np.float32 if regression else np.int64)
-    return EncodedTexts(items, labels, cut)
+    return EncodedTexts(items, labels, cut, window)
+
+
+class EpochOrder:
+    """The order of the items in each epoch, from the seed and the epoch's number alone; a sampler for torch's loaders.
+
+    A resumed run therefore sees what an uninterrupted one does, and so does every process of several.
+
+    Args:
+        lengths: tokens of each item, shape (items,).
+        batch_size: items per step of the optimiser, over all processes.
+        seed: of the orders.
+        grouped: put items of similar length into the same step, and the steps into random order, so that little is
+            padded; False draws at random.
+    """
+
+    def __init__(self, lengths: np.ndarray, *, batch_size: int, seed: int, grouped: bool):
+        self.lengths, self.batch_size, self.seed, self.grouped = lengths, batch_size, seed, grouped
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = generator(self.seed, "order of items", self.epoch)
+        order = draw.permutation(len(self.lengths))
+        if self.grouped:
+            size = self.batch_size
+            together = size * _BATCHES_SORTED_TOGETHER
+            parts = [order[i : i + together] for i in range(0, len(order), together)]
+            order = np.concatenate([p[np.argsort(self.lengths[p], kind="stable")] for p in parts] or [order])
+            whole = len(order) // size * size  # what is left over stays last, where a loader expects a short batch
+            steps = draw.permutation(order[:whole].reshape(-1, size))
+            order = np.concatenate([steps.ravel(), order[whole:]])
+        return iter(order.tolist())
 
 
 @dataclass(frozen=True)

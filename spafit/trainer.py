@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from safetensors import SafetensorError
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from spafit import checkpoint
-from spafit.adapt import StratifiedModel, canonical_name
-from spafit.batches import Collator, EncodedTexts
-from spafit.errors import ModelError, NumericalError
+from spafit import checkpoint, io
+from spafit.adapt import StratifiedModel, canonical_name, canonical_parameters
+from spafit.batches import Collator, EncodedTexts, EpochOrder
+from spafit.errors import ModelError, NumericalError, OutputError
+from spafit.monitor import STATE_FILE, exhausted
 from spafit.prefix import PrefixCache
 from spafit.resolve import whole_modules
 from spafit.retain import PricedRemedy
 from spafit.settings import TrainSettings
+
+#: torch reports a file that cannot be written as a RuntimeError of its archive writer.
+_ARCHIVE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream")
 
 Metrics = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
@@ -31,11 +37,23 @@ class _RankAllocation(TrainerCallback):
             tuner.update_and_allocate(state.global_step + 1)
 
 
+class _NewOrder(TrainerCallback):
+    """Tells the order of the items which epoch begins; a loader that skips the start of an epoch would not."""
+
+    def __init__(self, trainer: StratifiedTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.order.epoch = int(state.epoch or 0)
+
+
 class StratifiedTrainer(Trainer):
     """Transformers' Trainer with the plan's mask, rates, checkpoints and losses.
 
     What differs: parameter groups follow the plan's parts; the frozen prefix runs without dropout, or is read from a
-    cache; remedies add to the loss; a loss that is not finite stops the run; checkpoints hold what trained.
+    cache; remedies add to the loss; weights of classes leave the loss a mean over items, whatever the batches; the
+    order of the items depends on seed and epoch alone; a loss that is not finite stops the run; checkpoints hold what
+    trained, and never weights that are not finite.
     """
 
     def __init__(
@@ -44,7 +62,7 @@ class StratifiedTrainer(Trainer):
         settings: TrainSettings,
         arguments: TrainingArguments,
         *,
-        train: EncodedTexts | None,
+        train: EncodedTexts,
         tokenizer: Any,
         select: EncodedTexts | None = None,
         metrics: Metrics | None = None,
@@ -57,7 +75,9 @@ class StratifiedTrainer(Trainer):
         self.stratified, self.settings, self.base = stratified, settings, dict(base or {})
         self.cache, self.remedies, self.class_weights = cache, tuple(remedies), weights
         self.tokenizer_to_save = tokenizer
-        self.remedy_losses: dict[str, list[float]] = {}
+        self.remedy_losses: dict[str, list[torch.Tensor]] = {}
+        total = settings.batch_size * settings.accumulate * arguments.world_size
+        self.order = EpochOrder(train.lengths, batch_size=total, seed=arguments.seed, grouped=settings.group_by_length)
         super().__init__(
             model=stratified.model,
             args=arguments,
@@ -69,12 +89,16 @@ class StratifiedTrainer(Trainer):
             else lambda p: metrics(np.asarray(p.predictions), np.asarray(p.label_ids)),
             callbacks=list(callbacks),
         )
+        self.add_callback(_NewOrder(self))
         self.add_callback(_RankAllocation())
         self.remove_callback(PrinterCallback)  # it writes to stdout, which is for results
         self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with one group per part and decay, each with its own rate."""
+        """AdamW with one group per rate and decay.
+
+        Biases and norms have no decay, unless a part that trains nothing else states one of its own.
+        """
         if self.optimizer is None:
             self.stratified.check()
             settings = self.settings
@@ -89,7 +113,8 @@ class StratifiedTrainer(Trainer):
                 part = parts[self.stratified.part_of[canonical]]
                 rate = settings.learning_rate if part.learning_rate is None else part.learning_rate
                 decay = settings.weight_decay if part.weight_decay is None else part.weight_decay
-                groups.setdefault((rate, decay if canonical in decayed else 0.0), []).append(parameter)
+                stated = part.weight_decay is not None and part.method in ("bitfit", "norm")
+                groups.setdefault((rate, decay if stated or canonical in decayed else 0.0), []).append(parameter)
             self.optimizer = torch.optim.AdamW(
                 [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()],
                 lr=settings.learning_rate,
@@ -119,20 +144,74 @@ class StratifiedTrainer(Trainer):
             outputs = model(**inputs)
         if self.class_weights is not None and labels is not None:
             weights = self.class_weights.to(outputs.logits)
-            loss = torch.nn.functional.cross_entropy(outputs.logits, labels, weight=weights)
+            # Divided by the number of items, not by the batch's sum of weights, so that how items are spread over
+            # batches and processes makes no difference.
+            loss = torch.nn.functional.cross_entropy(outputs.logits, labels, weight=weights, reduction="sum")
+            loss = loss / len(labels)
         else:
             loss = outputs.loss
         if training:
             for remedy in self.remedies:
                 extra = remedy.loss(self.stratified, self.state.global_step)
-                self.remedy_losses.setdefault(remedy.name, []).append(float(extra.detach()))
+                self.remedy_losses.setdefault(remedy.name, []).append(extra.detach())
                 loss = loss + extra
             if not torch.isfinite(loss.detach()):
-                raise NumericalError(
-                    f"The loss is not finite at step {self.state.global_step + 1}. The last checkpoint is kept in "
-                    f"{self.args.output_dir}; lower the learning rate, or train in float32, and resume."
-                )
+                step = self.state.global_step + 1
+                raise self._diverged(f"The loss is not finite ({float(loss.detach())}) at step {step}")
         return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of each remedy's term since the last row to a row of training loss."""
+        if "loss" in logs:
+            logs |= {name: float(torch.stack(terms).mean()) for name, terms in self.remedy_losses.items()}
+            self.remedy_losses.clear()
+        super().log(logs, start_time)
+
+    def restore(self, folder: Path) -> None:
+        """Take over what a checkpoint at the end of training holds, its best weights and log, without a step."""
+        self.state = self._found_state(TrainerState.load_from_json(str(folder / STATE_FILE)))
+        load_weights(self.stratified, Path(self.state.best_model_checkpoint or folder))
+
+    def _diverged(self, what: str) -> NumericalError:
+        last = last_checkpoint(Path(self.args.output_dir))
+        kept = "There was no checkpoint yet." if last is None else f"The last good checkpoint is kept: {last}."
+        return NumericalError(
+            f"{what} of {self.state.max_steps}. {kept} Lower the learning rate, or train in float32, and start over "
+            "with another output folder."
+        )
+
+    def _found_state(self, state: TrainerState) -> TrainerState:
+        """A checkpoint's state with the best checkpoint where it lies now: the folder may have moved."""
+        best = Path(self.args.output_dir) / f"checkpoint-{state.best_global_step}"
+        state.best_model_checkpoint = str(best) if best.is_dir() else None
+        return state
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        found = super()._init_training_state(*args, **kwargs)
+        self._found_state(self.state)
+        return found
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.order
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return np.argsort(eval_dataset.lengths, kind="stable").tolist()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        for name, parameter in canonical_parameters(self.stratified.model).items():
+            if name in self.stratified.trainable and not torch.isfinite(parameter.detach()).all():
+                raise self._diverged(f"The weights ({name}) are not finite after step {self.state.global_step}")
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(w in str(error) for w in _ARCHIVE_ERRORS):
+                raise
+            half = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(half, ignore_errors=True)
+            raise OutputError(
+                f"The checkpoint {half} cannot be written ({str(error).splitlines()[0]}). Free space; the same command "
+                "then goes on from the checkpoint before."
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(str(output_dir or self.args.output_dir))
@@ -146,6 +225,24 @@ class StratifiedTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         load_weights(self.stratified, Path(self.state.best_model_checkpoint))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole (its trainer state is written last), or None."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        try:
+            io.read_json(path / STATE_FILE)
+        except (OSError, ValueError):  # its writing, or its removal, was interrupted
+            continue
+        if (path / checkpoint.CONFIG_FILE).is_file():
+            return path
+    return None
+
+
+def is_finished(folder: Path, patience: int) -> bool:
+    """Whether nothing is left to train after a checkpoint: all steps are done, or early stopping has ended them."""
+    state = io.read_json(folder / STATE_FILE)
+    return state["global_step"] >= state["max_steps"] or exhausted(state["log_history"], patience)
 
 
 def load_weights(stratified: StratifiedModel, folder: Path) -> None:
@@ -202,18 +299,28 @@ def training_arguments(
     select: bool,
     quiet: bool,
 ) -> TrainingArguments:
-    """Translate :class:`TrainSettings` for transformers."""
+    """Translate :class:`TrainSettings` for transformers.
+
+    Args:
+        settings: with a learning rate.
+        folder: where checkpoints go.
+        seed: of order and dropout.
+        device: torch device of this process.
+        select: whether there are held-out items to evaluate and select on.
+        quiet: fewer messages of transformers.
+    """
+    assert settings.learning_rate is not None
     saves = "steps" if settings.save_steps else "epoch"
     precision = settings.precision
     if precision == "auto":
         precision = "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
-    return TrainingArguments(
-        output_dir=str(folder),
+    arguments = TrainingArguments(
+        output_dir=str(folder.absolute()),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=4 * settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.learning_rate or 5e-4,
+        learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         warmup_steps=settings.warmup,
@@ -233,7 +340,6 @@ def training_arguments(
         logging_strategy="steps",
         logging_steps=settings.log_steps,
         logging_nan_inf_filter=False,
-        train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_num_workers=settings.workers,
@@ -243,3 +349,6 @@ def training_arguments(
         log_level="error" if quiet else "warning",
         ddp_find_unused_parameters=False,
     )
+    if arguments.n_gpu > 1:  # several GPUs are used by several processes, never by replicas inside one
+        arguments._n_gpu = 1
+    return arguments

@@ -50,7 +50,7 @@ def evaluate(
     """
     from spafit.batches import encode
     from spafit.metrics import compute_metrics, headline
-    from spafit.training import predict_logits, predicted
+    from spafit.predictions import predict_logits, predicted
 
     stratified, tokenizer, base = _load(folder, offline=offline, device=device)
     given = read_training_data(
@@ -59,7 +59,9 @@ def evaluate(
     )  # fmt: skip
     scores: dict[str, dict[str, float]] = {}
     for split in given.scored_splits:
-        encoded = encode(given.frames[split], tokenizer, max_length=512, regression=given.regression)
+        encoded = encode(
+            given.frames[split], tokenizer, max_length=base.get("max_length", 512), regression=given.regression
+        )
         logits = predict_logits(stratified.model, encoded, tokenizer)
         assert encoded.labels is not None
         found = compute_metrics(given.metrics, predicted(logits, regression=given.regression), encoded.labels)
@@ -90,7 +92,7 @@ def predict(
     Example: `spafit predict runs/train/mine/seed-0/model new.tsv --text sentence --out predicted`
     """
     from spafit.batches import encode
-    from spafit.training import predict_logits, write_scores
+    from spafit.predictions import predict_logits, write_scores
 
     stratified, tokenizer, base = _load(folder, offline=offline, device=device)
     given = read_training_data(
@@ -98,8 +100,9 @@ def predict(
         header=not no_header, metrics=None, offline=offline, labels=_labels(base),
     )  # fmt: skip
     frame = given.frames["table"]
-    encoded = encode(frame, tokenizer, max_length=512, regression=given.regression)
-    written = write_scores(out, frame, predict_logits(stratified.model, encoded, tokenizer), given)
+    encoded = encode(frame, tokenizer, max_length=base.get("max_length", 512), regression=given.regression)
+    logits = predict_logits(stratified.model, encoded, tokenizer)
+    written = write_scores(out, frame, logits, labels=given.labels)
     if not quiet:
         typer.echo(written.head(5).to_string(index=False))
         typer.echo(f"{len(written)} rows written to {out}.parquet and {out}.csv")
@@ -116,8 +119,11 @@ def merge(
     Example: `spafit merge runs/train/default-rte-spafit-scaled-I/seed-0/model --out merged`
     """
     stratified, tokenizer, _ = _load(folder, offline=offline, device="cpu")
+    from spafit.hub import quiet
+
     out.mkdir(parents=True, exist_ok=True)
-    stratified.merge().save_pretrained(str(out))
+    with quiet():
+        stratified.merge().save_pretrained(str(out))
     tokenizer.save_pretrained(str(out))
     typer.echo(f"Merged model written to {out}. Probe it with: spafit-probe --model {out}")
 

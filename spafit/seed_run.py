@@ -1,0 +1,384 @@
+"""One seed of a training run: base, plan, training, scores; finished once, resumed where it was interrupted."""
+
+from __future__ import annotations
+
+import gc
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from spafit import io
+from spafit.data.training import TrainData, hold_out
+from spafit.errors import OutputError
+from spafit.fit_result import RUN_COLUMNS
+from spafit.predictions import predict_logits, predicted, write_scores
+from spafit.processes import Processes
+from spafit.runtime import Progress, provenance, stderr_console
+from spafit.settings import TrainSettings
+from spafit.strata import StrataConfig
+
+if TYPE_CHECKING:
+    from spafit.adapt import StratifiedModel
+    from spafit.batches import EncodedTexts
+    from spafit.heads import HeadedModel
+    from spafit.prefix import PrefixCache
+    from spafit.retain import PricedRemedy
+
+#: Raised by one whenever the same inputs would give other numbers, so that older finished seeds are trained again.
+NUMBERS_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all seeds of a run share; arguments as in :func:`spafit.fit`, and the processes that train together."""
+
+    model: str | None
+    config: StrataConfig | str
+    data: TrainData
+    settings: TrainSettings
+    folder: Path
+    remedies: tuple[PricedRemedy, ...]
+    name: str
+    revision: str | None
+    offline: bool
+    allow_pickle: bool
+    resume: bool
+    command: str
+    quiet: bool
+    processes: Processes
+
+
+def train_seed(job: Job, seed: int) -> dict[str, Any]:
+    """One seed: from the base to scores, or what an earlier call left of it.
+
+    Returns:
+        ``run`` (the seed's record), ``rows`` and ``metrics`` (its tables), ``kept`` (nothing was trained).
+
+    Raises:
+        SpafitError: as in :func:`spafit.fit`.
+    """
+    from spafit.adapt import apply_strata, plan_for
+    from spafit.digests import model_digest, tokenizer_digest
+    from spafit.heads import load_with_head
+    from spafit.runtime import torch_seed
+
+    folder, data, processes = job.folder / f"seed-{seed}", job.data, job.processes
+    headed = load_with_head(
+        job.model, labels=data.labels, regression=data.regression, seed=seed, revision=job.revision,
+        offline=job.offline, allow_pickle=job.allow_pickle,
+    )  # fmt: skip
+    start = model_digest(headed.model), tokenizer_digest(headed.tokenizer)
+    plan = plan_for(headed.model, job.config, model_id=headed.name, missing=headed.missing)
+    settings = job.settings.for_plan(plan)
+    with torch_seed(seed, "adapter"):  # PEFT draws its matrices from torch's own generator
+        stratified = apply_strata(headed.model, plan)
+    content = plan.to_dict()
+    content.pop("provenance", None)
+    numeric = {k: v for k, v in settings.to_dict().items() if k not in ("track", "log_steps", "workers")}
+    kind = processes.device.partition(":")[0]
+    key = io.content_digest(
+        [
+            NUMBERS_VERSION,
+            content,
+            numeric,
+            data.digest,
+            *start,
+            seed,
+            kind,
+            processes.count,
+            [repr(r) for r in job.remedies],
+        ]
+    )
+    record = folder / "run.json"
+    if not job.resume and folder.exists():
+        _start_over(folder, processes)
+    if record.exists():
+        before = io.read_json(record)
+        if before["key"] != key:
+            raise OutputError(
+                f"{folder} holds a run with other settings, plan, data, model or number of processes. Choose another "
+                "--out, or start over with --no-resume."
+            )
+        if before["status"] == "complete":
+            return _finished(folder, kept=True)
+    reference = headed.reference
+    if reference != "default" and Path(reference).expanduser().exists():
+        reference = str(Path(reference).expanduser().absolute())
+    base = {
+        "reference": reference,
+        "folder": str(headed.folder) if reference == "default" else reference,
+        "revision": headed.revision,
+        "head": headed.head,
+        "labels": None if data.labels is None else list(data.labels),
+        "regression": data.regression,
+    }
+    run: dict[str, Any] = {
+        "schema_version": io.SCHEMA_VERSION,
+        "command": job.command,
+        "status": "running",
+        "key": key,
+        "seed": seed,
+        "model": {"name": headed.name, "reference": headed.reference, "revision": headed.revision},
+        "plan": plan.to_dict(),
+        "settings": settings.to_dict(),
+        "remedies": [repr(r) for r in job.remedies],
+        "trainable": stratified.trainable_parameters(),
+        "total": stratified.total_parameters(),
+        "device": kind,
+        "processes": processes.count,
+        "notes": [*headed.notes, *stratified.plan.notes],
+        **provenance(),
+    }
+    processes.wait()  # no process may see the record of this very call as an earlier one's
+    if processes.first:
+        io.write_json(record, run)
+    processes.wait()
+    done = _run(job, stratified, headed.tokenizer, settings, seed, folder, base, run["notes"])
+    if processes.first:
+        _write(job, stratified, headed, settings, folder, base, run, done)
+    del headed, stratified
+    _release(kind)
+    processes.wait()
+    return _finished(folder, kept=False)
+
+
+def _start_over(folder: Path, processes: Processes) -> None:
+    if not (folder / "run.json").is_file() and any(folder.iterdir()):
+        raise OutputError(f"{folder} holds something else than a training run. Choose another --out.")
+    processes.wait()
+    if processes.first:
+        shutil.rmtree(folder)
+    processes.wait()
+
+
+def _finished(folder: Path, *, kept: bool) -> dict[str, Any]:
+    """What a finished seed left; the state that only an interrupted one needs is removed."""
+    if kept:
+        _remove_state(folder)
+    return {
+        "run": io.read_json(folder / "run.json"),
+        "rows": io.read_table(folder / "runs"),
+        "metrics": io.read_table(folder / "metrics"),
+        "kept": kept,
+    }
+
+
+def _remove_state(folder: Path) -> None:
+    for old in [*folder.glob("checkpoint-*"), folder / "prefix"]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(
+    job: Job,
+    stratified: StratifiedModel,
+    headed: HeadedModel,
+    settings: TrainSettings,
+    folder: Path,
+    base: dict[str, Any],
+    run: dict[str, Any],
+    done: dict[str, Any],
+) -> None:
+    """Write a seed's model, tables and record, in this order, and then remove its checkpoints."""
+    from spafit import checkpoint
+
+    data, target = job.data, folder / "model"
+    for split, logits in done["logits"].items():
+        write_scores(folder / f"predictions-{split}", data.frames[split], logits, labels=data.labels)
+    card = checkpoint.model_card(
+        stratified,
+        base=headed.reference if headed.reference != "default" else headed.name,
+        task=data.name,
+        scores={f"{s} {m}": v for s, found in done["scores"].items() for m, v in found.items()},
+        settings={k: v for k, v in settings.to_dict().items() if v not in (None, (), False)},
+        command=job.command,
+        notes=run["notes"],
+    )
+    checkpoint.save(stratified, target, base={**base, "max_length": done["window"]}, card=card)
+    assert headed.tokenizer is not None
+    headed.tokenizer.save_pretrained(str(target))
+    saved = sum(p.stat().st_size for p in target.iterdir() if p.suffix == ".safetensors")
+    shared = {
+        "task": data.name, "method": job.name, "seed": run["seed"], "learning_rate": settings.learning_rate,
+        "epochs": settings.epochs, "train_items": done["train_items"], "trainable": run["trainable"],
+        "total": run["total"], "steps": done["steps"], "seconds": done["seconds"],
+        "peak_memory_bytes": done["peak_memory_bytes"], "saved_bytes": saved,
+    }  # fmt: skip
+    rows = [
+        {**shared, "split": split, "metric": metric, "value": value}
+        for split, scores in done["scores"].items()
+        for metric, value in scores.items()
+    ]
+    io.write_table(folder / "runs", pd.DataFrame(rows)[list(RUN_COLUMNS)])
+    io.write_table(folder / "metrics", done["metrics"])
+    more = {"prefix_cache": done["prefix_cache"], "remedy_price": done["price"], "best_step": done["best_step"]}
+    io.write_json(folder / "run.json", {**run, "status": "complete", **more})
+    _remove_state(folder)
+
+
+def _run(
+    job: Job,
+    stratified: StratifiedModel,
+    tokenizer: Any,
+    settings: TrainSettings,
+    seed: int,
+    folder: Path,
+    base: dict[str, Any],
+    notes: list[str],
+) -> dict[str, Any]:
+    """Train, keep the best, score; everything that needs torch. Writes checkpoints only."""
+    import torch
+
+    from spafit.batches import encode
+    from spafit.data.glue import class_weights
+    from spafit.metrics import compute_metrics, headline
+    from spafit.monitor import StepMonitor
+    from spafit.retain import prices
+    from spafit.runtime import seed_sequence, torch_seed
+    from spafit.trainer import StratifiedTrainer, is_finished, last_checkpoint, training_arguments
+
+    data, device = job.data, job.processes.device
+    kept, held = hold_out(data.frames["train"], settings.select_share, seed=seed, most=settings.max_train)
+    positions = getattr(stratified.model.config, "max_position_embeddings", None) or settings.max_length
+
+    def encoded_of(rows: pd.DataFrame, what: str) -> EncodedTexts:
+        found = encode(rows, tokenizer, max_length=min(settings.max_length, positions), regression=data.regression)
+        if found.truncated:
+            notes.append(f"{found.truncated} of {len(found)} {what} items were cut at {found.window} tokens")
+        return found
+
+    def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        found = compute_metrics(data.metrics, predicted(logits, regression=data.regression), labels)
+        return {**found, "headline": headline(found, data.metrics)}
+
+    train, select = encoded_of(kept, "training"), encoded_of(held, "held-out")
+    weights = None
+    if settings.class_weights:
+        counted = class_weights(kept["label"], n_classes=len(data.labels or ()))
+        weights = torch.as_tensor(counted, dtype=torch.float32)
+    last = last_checkpoint(folder)
+    monitor = StepMonitor(last, patience=settings.patience, quiet=job.quiet)
+    with torch_seed(seed, "training"), _own_state():
+        arguments = training_arguments(
+            settings, folder, seed=seed, device=device, select=len(select) > 0, quiet=job.quiet
+        )
+        stratified.model.to(device)
+        mixed = torch.autocast(device.partition(":")[0], dtype=torch.bfloat16) if arguments.bf16 else nullcontext()
+        with mixed:
+            cache, said = _prefix_cache(job, stratified, train, tokenizer, settings, folder)
+        if said:
+            notes.append(said)
+        for remedy in job.remedies:
+            remedy.prepare(stratified, tokenizer, max_length=settings.max_length, device=device)
+        if settings.checkpoint_activations:
+            from spafit.activations import checkpoint_trained_blocks
+
+            checkpoint_trained_blocks(stratified)
+        trainer = StratifiedTrainer(
+            stratified, settings, arguments, train=train, select=select, tokenizer=tokenizer, metrics=score,
+            cache=cache, remedies=job.remedies, weights=weights, base=base, callbacks=[monitor],
+        )  # fmt: skip
+        # Each process draws dropout of its own; the Trainer has just seeded them all alike.
+        dropout = seed_sequence(seed, "dropout", job.processes.rank).generate_state(1, np.uint32)[0]
+        torch.manual_seed(int(dropout))
+        try:
+            if last is not None and is_finished(last, settings.patience):
+                trainer.restore(last)
+            else:
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        finally:
+            monitor.close()
+            if cache is not None:
+                cache.close()
+    stratified.check()
+    logits: dict[str, np.ndarray] = {}
+    scores: dict[str, dict[str, float]] = {}
+    for split in data.scored_splits:
+        encoded = encoded_of(data.frames[split], split)
+        assert encoded.labels is not None
+        logits[split] = predict_logits(stratified.model, encoded, tokenizer, batch_size=4 * settings.batch_size)
+        scores[split] = score(logits[split], encoded.labels)
+    state = trainer.state
+    final = pd.DataFrame(
+        [
+            {"seed": seed, "step": state.best_global_step or state.global_step, "epoch": float(state.epoch or 0),
+             "split": split, "metric": metric, "value": value}
+            for split, found in scores.items() for metric, value in found.items()
+        ],
+    )  # fmt: skip
+    return {
+        "train_items": len(train),
+        "window": train.window,
+        "steps": state.global_step,
+        "best_step": state.best_global_step or state.global_step,
+        "seconds": monitor.seconds,
+        "peak_memory_bytes": monitor.peak_bytes,
+        "logits": logits,
+        "scores": scores,
+        "metrics": pd.concat([monitor.table(state.log_history, seed=seed), final], ignore_index=True),
+        "prefix_cache": None if cache is None else {"bytes": cache.bytes},
+        "price": prices(job.remedies).to_dict("records") if job.remedies else [],
+    }
+
+
+@contextmanager
+def _own_state() -> Iterator[None]:
+    """Give back what the Trainer sets for the whole process: Python's and NumPy's seeds, transformers' log level."""
+    from transformers.utils import logging
+
+    python, numpy, level = random.getstate(), np.random.get_state(), logging.get_verbosity()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        logging.set_verbosity(level)
+
+
+def _release(kind: str) -> None:
+    """Free what a seed's Trainer held; it refers to itself, so that only the collector finds it."""
+    gc.collect()
+    if kind == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def _prefix_cache(
+    job: Job, stratified: StratifiedModel, train: EncodedTexts, tokenizer: Any, settings: TrainSettings, folder: Path
+) -> tuple[PrefixCache | None, str]:
+    """The cache that the settings ask for, or None, and what to say about it."""
+    from spafit.batches import Collator
+    from spafit.prefix import PrefixCache, PrefixError, prefix_bytes, prefix_pays
+
+    if settings.prefix_cache == "off" or settings.prefix_dropout:
+        return None, ""
+    free = shutil.disk_usage(folder).free
+    pays, why = prefix_pays(stratified, train, epochs=settings.epochs, free_bytes=free, device=job.processes.device)
+    if settings.prefix_cache == "auto" and not pays:
+        return None, f"prefix cache off: {why}"
+    size = prefix_bytes(stratified, train)
+    stderr_console(quiet=job.quiet).print(f"Prefix cache: {size / 1e6:,.0f} MB ({why})")
+
+    def build() -> PrefixCache:
+        with Progress("Frozen prefix", len(train), quiet=job.quiet) as progress:
+            return PrefixCache.build(
+                stratified, train, Collator(tokenizer), folder / "prefix", device=job.processes.device,
+                progress=progress.advance,
+            )  # fmt: skip
+
+    try:
+        with job.processes.first_alone():  # the others then find the first one's file
+            cache = build()
+    except PrefixError as error:
+        if settings.prefix_cache == "on":
+            raise
+        return None, f"prefix cache off: {error}"
+    said = "; ".join([f"prefix cache on, {cache.bytes / 1e6:,.0f} MB: {why}", *cache.notes])
+    return cache, said
