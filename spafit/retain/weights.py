@@ -82,8 +82,9 @@ class EWC(PricedRemedy):
     F is the diagonal Fisher information of the start θ* on the given items, over every parameter that trains, heads
     included. The items go through one at a time, once, before training. LoRA starts with B = 0, where A has no
     influence: its Fisher information is zero and A is not held, while B is held by what it would do with the A of the
-    start; once A has moved far, that is no longer what B does. Where the start does well on the items, F is nearly 0
-    and needs a large weight.
+    start; once A has moved far, that is no longer what B does. On this project's planted conflict EWC kept the first
+    task where all parameters trained, and did not where LoRA did: prefer kl or replay there. Where the start does well
+    on the items, F is nearly 0 and needs a large weight.
 
     Args:
         weight: λ of the paper; depends on the scale of F, so try powers of ten.
