@@ -115,9 +115,10 @@ class FitResult:
                 label = "score on held-out training items" if n == 0 else None
                 other.plot(rows["step"], rows["value"], "o-", color="#0072B2", linewidth=1.2, markersize=3, label=label)
             other.set_ylabel("score")
-            other.legend(loc="lower right", frameon=False)
-        if len(loss):  # a run shorter than the logging interval has no rows of training loss
-            ax.legend(loc="upper right", frameon=False)
+        lines = [line for axes in ax.get_figure(root=True).axes for line in axes.get_lines()]  # type: ignore[union-attr]
+        named = [line for line in lines if not str(line.get_label()).startswith("_")]
+        if named:  # a run shorter than the logging interval has no rows of training loss
+            ax.legend(handles=named, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
         ax.set_title(f"{self.run['task']}, {self.run['method']}")
         return ax
 
