@@ -128,16 +128,16 @@ def _train_seed(cell: Cell, seed: int, context: Context) -> str | None:
     log = cell.folder / f"failure-seed-{seed}.txt"
     try:
         _fit(cell, (seed,), context, resume=context.resume, quiet=context.quiet)
+        log.unlink(missing_ok=True)
+        return None
     except SpafitError as error:
-        return str(error)
+        reason = str(error)
     except Exception as error:  # one cell's defect must not cost the days of the others; it is recorded whole
         io.write_text(log, traceback.format_exc())
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        return f"{type(error).__name__}: {reason} The traceback is in {log}."
-    finally:
-        _free_memory(context.device)
-    log.unlink(missing_ok=True)
-    return None
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        reason = f"{type(error).__name__}: {first} (traceback in {log})."
+    _free_memory(context.device)
+    return reason
 
 
 def _assemble(cell: Cell, seeds: list[int], context: Context) -> FitResult:
@@ -157,7 +157,7 @@ def _fit(cell: Cell, seeds: tuple[int, ...], context: Context, *, resume: bool, 
 
 
 def _free_memory(device: str) -> None:
-    """Give a finished model's memory back before the next is loaded: trainers hold themselves in cycles."""
+    """Give a failed model's memory back before the next is loaded: trainers hold themselves in cycles."""
     gc.collect()
     if device.startswith("cuda"):
         import torch

@@ -14,12 +14,14 @@ import pytest
 from typer.testing import CliRunner
 
 from analysis.cli.main import app
+from spafit import io
 from spafit.data.glue import GLUE_TASKS
 from spafit.errors import ConfigError, DataError, UsageError
 from spafit.fit_result import METRIC_COLUMNS, FitResult
+from spafit.glue_cells import Context
 from spafit.glue_plan import NINE_TASKS, GluePlan, parse, shipped_plans
 from spafit.glue_runs import run_glue, trainable_by_method
-from spafit.glue_submission import SUBMISSION_FILES, best_seed
+from spafit.glue_submission import SUBMISSION_FILES, best_seed, collect_submissions
 from spafit.glue_table import summarize, to_markdown
 from tests.paths import SHARED, needs_shared
 from tests.tiny import save_tiny
@@ -75,10 +77,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(model: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Three tasks and the diagnostic, two methods, two seeds: the plan, its data and its result."""
+    """Two tasks and the diagnostic, two methods, two seeds: the plan, its data and its result."""
     place = tmp_path_factory.mktemp("glue")
-    data = write_glue(place / "data", ("rte", "stsb", "mnli", "ax"))
-    plan = parse(PLAN.format(model=model, tasks="rte, stsb, mnli"), file="p.yaml", folder=place, name="p")
+    data = write_glue(place / "data", ("stsb", "mnli", "ax"))
+    plan = parse(PLAN.format(model=model, tasks="stsb, mnli"), file="p.yaml", folder=place, name="p")
     return plan, data, run_glue(plan, data=data, out=place / "out", device="cpu", quiet=True)
 
 
@@ -148,7 +150,7 @@ def test_an_undefined_score_is_shown_and_left_out_of_the_average():
 def test_every_cell_is_a_fit_folder_and_counts_its_parameters(finished):
     _, _, result = finished
     assert not result.failures
-    for task in ("rte", "stsb", "mnli"):
+    for task in ("stsb", "mnli"):
         for method in ("head", "strata"):
             cell = FitResult.load(result.folder / task / method)
             assert cell.seeds == (0, 1)
@@ -163,19 +165,16 @@ def test_every_cell_is_a_fit_folder_and_counts_its_parameters(finished):
 def test_prediction_files_have_the_benchmarks_format(finished):
     _, _, result = finished
     folder = result.folder / "submissions" / "strata"
-    assert sorted(p.name for p in folder.iterdir()) == ["AX.tsv", "MNLI-m.tsv", "MNLI-mm.tsv", "RTE.tsv", "STS-B.tsv"]
-    for name, allowed in (
-        ("RTE.tsv", {"entailment", "not_entailment"}),
-        ("AX.tsv", {"entailment", "neutral", "contradiction"}),
-    ):
+    assert sorted(p.name for p in folder.iterdir()) == ["AX.tsv", "MNLI-m.tsv", "MNLI-mm.tsv", "STS-B.tsv"]
+    for name in ("MNLI-m.tsv", "AX.tsv"):
         lines = (folder / name).read_text().splitlines()
         assert lines[0] == "index\tprediction"
         assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(12)]
-        assert {line.split("\t")[1] for line in lines[1:]} <= allowed
+        assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "neutral", "contradiction"}
     values = pd.read_csv(folder / "STS-B.tsv", sep="\t")["prediction"]
     assert values.between(0, 5).all()
     found = result.run["submissions"]["strata"]
-    assert found["missing"] == ["CoLA.tsv", "SST-2.tsv", "MRPC.tsv", "QQP.tsv", "QNLI.tsv", "WNLI.tsv"]
+    assert found["missing"] == ["CoLA.tsv", "SST-2.tsv", "MRPC.tsv", "QQP.tsv", "QNLI.tsv", "RTE.tsv", "WNLI.tsv"]
     assert not list((result.folder / "submissions").glob("*.zip"))
 
 
@@ -255,31 +254,77 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(model: Path, tmp_path: 
     assert "| last-9 | – | – | – | – | – |" in text
 
 
-def test_a_method_with_all_eleven_files_gets_a_zip(model: Path, tmp_path: Path):
+def test_a_method_with_all_eleven_files_gets_a_zip_that_goes_when_they_change(tmp_path: Path):
+    plan = parse("methods: [head, lora]\n", file="p", folder=tmp_path, name="p")
+    context = Context(plan, tmp_path, "cpu", True, False, True, None, True)
+    for name in SUBMISSION_FILES:
+        io.write_text(tmp_path / "submissions" / "head" / name, f"index\tprediction\n0\t{name}\n")
+    found = collect_submissions(context, {"head": list(SUBMISSION_FILES), "lora": []})
+    assert (found["head"]["missing"], found["head"]["zip"]) == ([], "submissions/head.zip")
+    assert found["lora"]["missing"] == list(SUBMISSION_FILES)
+    archive = tmp_path / "submissions" / "head.zip"
+    with zipfile.ZipFile(archive) as inside:
+        assert sorted(inside.namelist()) == sorted(SUBMISSION_FILES)
+        assert len(SUBMISSION_FILES) == 11
+        assert inside.read("AX.tsv") == b"index\tprediction\n0\tAX.tsv\n"
+    some = {"head": ["RTE.tsv"], "lora": []}
+    assert collect_submissions(context, some)["head"]["zip"] is None
+    assert archive.is_file()  # a call for some tasks leaves a zip that still is of the folder's files
+    io.write_text(tmp_path / "submissions" / "head" / "RTE.tsv", "index\tprediction\n0\tother\n")
+    collect_submissions(context, some)
+    assert not archive.exists()
+
+
+@pytest.mark.slow
+def test_nine_tasks_and_the_diagnostic_make_a_whole_submission(model: Path, tmp_path: Path):
     data = write_glue(tmp_path / "data", tuple(GLUE_TASKS))
-    text = f"model: {model}\nmethods: [head]\nsettings: {{epochs: 1, batch_size: 24, log_steps: 1, select_share: 0}}\n"
+    text = f"model: {model}\nmethods: [head]\nsettings: {{epochs: 1, batch_size: 24, log_steps: 1}}\n"
     plan = parse(text, file="p.yaml", folder=tmp_path, name="p")
     result = run_glue(plan, data=data, out=tmp_path / "out", device="cpu", quiet=True)
     assert not result.failures
     with zipfile.ZipFile(tmp_path / "out" / "submissions" / "head.zip") as archive:
-        assert set(archive.namelist()) == set(SUBMISSION_FILES)
-        assert len(archive.namelist()) == 11
-    assert result.table["missing"].tolist() == [""] or result.table["missing"].tolist() == ["stsb"]
-    # The zip of an earlier call goes when its files no longer are those of the folder.
-    (data / "rte" / "test.tsv").unlink()
-    again = run_glue(plan, data=data, out=tmp_path / "out", device="cpu", quiet=True)
-    assert "RTE.tsv" in again.run["submissions"]["head"]["missing"]
+        assert sorted(archive.namelist()) == sorted(SUBMISSION_FILES)
+    assert result.table["missing"].tolist() == [""]
+    assert "partial" not in result.to_markdown()
+
+
+def test_a_seed_that_fails_costs_neither_the_others_nor_its_traceback(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from spafit import glue_cells
+
+    real = glue_cells.fit
+
+    def breaks(*args, seeds, **more):
+        if 0 in seeds:
+            raise RuntimeError("planted defect\nsecond line")
+        return real(*args, seeds=seeds, **more)
+
+    data = write_glue(tmp_path / "data", ("rte",))
+    plan = parse(PLAN.format(model=model, tasks="rte"), file="p", folder=tmp_path, name="p").narrowed(methods=["head"])
+    monkeypatch.setattr(glue_cells, "fit", breaks)
+    result = run_glue(plan, data=data, out=tmp_path / "out", device="cpu", quiet=True)
+    assert "Seed 0: RuntimeError: planted defect (traceback" in result.failures[0]["reason"]
+    assert result.failures[0]["seeds"] == [1]
+    assert "(1 of 2 seeds)" in result.to_markdown()
+    log = tmp_path / "out" / "rte" / "head" / "failure-seed-0.txt"
+    assert "second line" in log.read_text()
+    monkeypatch.setattr(glue_cells, "fit", real)
+    mended = run_glue(plan, data=data, out=tmp_path / "out", device="cpu", quiet=True)
+    assert not mended.failures
+    assert set(mended.runs["seed"]) == {0, 1}
+    assert not log.exists()
 
 
 def test_other_settings_in_the_same_folder_are_refused_by_the_cell(finished):
     plan, data, result = finished
     other = parse(
-        PLAN.format(model=plan.model, tasks="rte").replace("epochs: 1", "epochs: 2"), file="p", folder=Path(), name="p"
+        PLAN.format(model=plan.model, tasks="stsb").replace("epochs: 1", "epochs: 2"), file="p", folder=Path(), name="p"
     ).narrowed(methods=["head"], seeds=1)
-    done = FitResult.load(result.folder / "rte" / "head").runs
+    done = FitResult.load(result.folder / "stsb" / "head").runs
     refused = run_glue(other, data=data, out=result.folder, device="cpu", quiet=True)
     assert "--no-resume" in refused.failures[0]["reason"]
-    pd.testing.assert_frame_equal(FitResult.load(result.folder / "rte" / "head").runs, done)
+    pd.testing.assert_frame_equal(FitResult.load(result.folder / "stsb" / "head").runs, done)
 
 
 def test_no_readable_task_and_no_data_are_errors(model: Path, tmp_path: Path):
@@ -301,7 +346,7 @@ def test_several_processes_are_refused(model: Path, tmp_path: Path, monkeypatch:
 @pytest.mark.slow
 def test_the_real_wnli_and_rte_run_on_a_tiny_model(model: Path, tmp_path: Path):
     text = PLAN.format(model=model, tasks="rte, wnli") + "files: {wnli: {train: train.rebuilt.tsv}}\n"
-    plan = parse(text, file="p", folder=tmp_path, name="p")
+    plan = parse(text, file="p", folder=tmp_path, name="p").narrowed(methods=["strata"], seeds=1)
     result = run_glue(plan, data=SHARED / "glue", out=tmp_path / "out", device="cpu", quiet=True)
     assert not result.failures
     assert len((result.folder / "submissions" / "strata" / "WNLI.tsv").read_text().splitlines()) == 147
