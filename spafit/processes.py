@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,12 +50,11 @@ class Processes:
                 self.wait()
 
 
-@contextmanager
-def joined(device: str) -> Iterator[Processes]:
+def joined(device: str) -> Processes:
     """The processes that a launcher started (environment variables ``WORLD_SIZE``, ``RANK``, ``LOCAL_RANK``), or this.
 
-    The process group is opened through accelerate (NCCL on CUDA, gloo on the CPU) unless the caller has opened one,
-    and closed again when the block ends without an error.
+    The process group is opened through accelerate (NCCL on CUDA, gloo on the CPU) unless there is one, and left open
+    for further runs until the process ends.
 
     Args:
         device: ``auto``, or a kind of torch device; each process gets its own of that kind.
@@ -63,22 +63,26 @@ def joined(device: str) -> Iterator[Processes]:
         UsageError: the device does not exist, or is another than the first GPU.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    picked = pick_device(device)
-    kind, _, index = picked.partition(":")
+    kind, _, index = pick_device(device).partition(":")
     if kind == "cuda" and index not in ("", "0"):
         raise UsageError(
             f"--device {device}: training runs on the first GPU that it sees. Choose one with CUDA_VISIBLE_DEVICES="
             f"{index} and --device cuda."
         )
     if count <= 1:
-        yield Processes(0, 1, kind)
-        return
+        return Processes(0, 1, kind)
     from accelerate import PartialState
     from torch import distributed
 
-    opened = not distributed.is_initialized()
-    PartialState(cpu=kind == "cpu")
+    if not distributed.is_initialized():
+        PartialState(cpu=kind == "cpu")
+        atexit.register(_close)
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    yield Processes(distributed.get_rank(), distributed.get_world_size(), f"cuda:{local}" if kind == "cuda" else kind)
-    if opened:
+    return Processes(distributed.get_rank(), distributed.get_world_size(), f"cuda:{local}" if kind == "cuda" else kind)
+
+
+def _close() -> None:
+    from torch import distributed
+
+    if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -74,7 +74,7 @@ class StratifiedTrainer(Trainer):
     ):
         self.stratified, self.settings, self.base = stratified, settings, dict(base or {})
         self.cache, self.remedies, self.class_weights = cache, tuple(remedies), weights
-        self.tokenizer_to_save = tokenizer
+        self.tokenizer_to_save, self.folder = tokenizer, Path(str(arguments.output_dir))
         self.remedy_losses: dict[str, list[torch.Tensor]] = {}
         total = settings.batch_size * settings.accumulate * arguments.world_size
         self.order = EpochOrder(train.lengths, batch_size=total, seed=arguments.seed, grouped=settings.group_by_length)
@@ -173,7 +173,7 @@ class StratifiedTrainer(Trainer):
         load_weights(self.stratified, Path(self.state.best_model_checkpoint or folder))
 
     def _diverged(self, what: str) -> NumericalError:
-        last = last_checkpoint(Path(self.args.output_dir))
+        last = last_checkpoint(self.folder)
         kept = "There was no checkpoint yet." if last is None else f"The last good checkpoint is kept: {last}."
         return NumericalError(
             f"{what} of {self.state.max_steps}. {kept} Lower the learning rate, or train in float32, and start over "
@@ -182,7 +182,7 @@ class StratifiedTrainer(Trainer):
 
     def _found_state(self, state: TrainerState) -> TrainerState:
         """A checkpoint's state with the best checkpoint where it lies now: the folder may have moved."""
-        best = Path(self.args.output_dir) / f"checkpoint-{state.best_global_step}"
+        best = self.folder / f"checkpoint-{state.best_global_step}"
         state.best_model_checkpoint = str(best) if best.is_dir() else None
         return state
 
@@ -206,7 +206,7 @@ class StratifiedTrainer(Trainer):
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not any(w in str(error) for w in _ARCHIVE_ERRORS):
                 raise
-            half = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            half = self.folder / f"checkpoint-{self.state.global_step}"
             shutil.rmtree(half, ignore_errors=True)
             raise OutputError(
                 f"The checkpoint {half} cannot be written ({str(error).splitlines()[0]}). Free space; the same command "

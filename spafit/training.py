@@ -75,26 +75,26 @@ def fit(
         raise UsageError(f"seeds must be different numbers, at least one; got {list(seeds)}.")
     settings.check_trackers()
     name = method or (config if isinstance(config, str) else str(config.provenance.get("source", "own plan")))
-    with joined(device) as processes:
-        if processes.first:
-            _check_writable(Path(out))
-        job = Job(
-            model, config, data, settings, Path(out), tuple(remedies), name, revision,
-            offline, allow_pickle, resume, command or "spafit.fit", quiet or not processes.first, processes,
-        )  # fmt: skip
-        done = [train_seed(job, seed) for seed in seeds]
-        if all(d["kept"] for d in done) and _is_written(job.folder, done):
-            return FitResult.load(job.folder)
-        result = _result(job, done)
-        if processes.first:
-            result.save(job.folder)
-            figure = result.plot().get_figure(root=True)
-            assert figure is not None
-            io.atomic_write(
-                job.folder / "learning_curve.png", lambda p: figure.savefig(p, dpi=150, bbox_inches="tight")
-            )
-            io.write_text(job.folder / "results.md", result.to_markdown() + "\n")
-        processes.wait()
+    processes = joined(device)
+    if processes.first:
+        _check_writable(Path(out))
+    job = Job(
+        model, config, data, settings, Path(out), tuple(remedies), name, revision,
+        offline, allow_pickle, resume, command or "spafit.fit", quiet or not processes.first, processes,
+    )  # fmt: skip
+    done = [train_seed(job, seed) for seed in seeds]
+    written = all(d["kept"] for d in done) and _is_written(job.folder, done)
+    processes.wait()  # all have looked before the first one writes
+    if written:
+        return FitResult.load(job.folder)
+    result = _result(job, done)
+    if processes.first:
+        result.save(job.folder)
+        figure = result.plot().get_figure(root=True)
+        assert figure is not None
+        io.atomic_write(job.folder / "learning_curve.png", lambda p: figure.savefig(p, dpi=150, bbox_inches="tight"))
+        io.write_text(job.folder / "results.md", result.to_markdown() + "\n")
+    processes.wait()
     return result
 
 
