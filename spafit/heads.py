@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spafit.errors import ModelError
-from spafit.hub import locate, quiet
+from spafit.hub import config_folder, locate, quiet
 from spafit.loading import adapter_base, from_files, load_tokenizer
 from spafit.models import DEFAULT_NAME, default_model_path
 
@@ -159,14 +159,15 @@ def build_without_weights(
     else:
         assert reference is not None
         place, name = reference, Path(reference).name
+    if not Path(place).expanduser().exists():
+        place = str(config_folder(place, revision=revision, offline=offline))
     gguf = Path(place).suffix == ".gguf"
     settings: dict[str, Any] = {"gguf_file": Path(place).name} if gguf else {}
     with quiet():
         try:
             config = AutoConfig.from_pretrained(
                 str(Path(place).parent) if gguf else place,
-                revision=revision or "main",
-                local_files_only=offline,
+                local_files_only=True,
                 trust_remote_code=False,
                 num_labels=labels,
                 **settings,

@@ -352,6 +352,27 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def config_folder(name: str, *, revision: str | None = None, offline: bool = False, timeout_s: float = 7.0) -> Path:
+    """Folder in the cache that holds a hub model's ``config.json``; its weights are not downloaded.
+
+    Raises:
+        HubError: the hub did not answer, refused, or does not have it.
+    """
+    from huggingface_hub import constants, hf_hub_download
+
+    if offline or constants.HF_HUB_OFFLINE:
+        return _from_cache(name, revision=revision, allow_pickle=True, near="").folder
+    try:
+        with quiet():
+            found = _answer_within(
+                timeout_s, lambda: hf_hub_download(name, "config.json", revision=revision, etag_timeout=timeout_s)
+            )
+    except (OSError, ValueError, TimeoutError) as error:
+        raise _explain(error, name, revision, timeout_s, _similar(Path(name))) from error
+    read_config(Path(found))
+    return Path(found).parent
+
+
 def push_folder(folder: Path, repository: str) -> str:
     """Upload a folder to a model repository of the hub (made if missing); return its address.
 
