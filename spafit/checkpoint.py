@@ -26,6 +26,7 @@ def save(
     *,
     base: Mapping[str, Any] | None = None,
     card: str | None = None,
+    write: bool = True,
 ) -> Path:
     """Write what trained into ``directory``; return it.
 
@@ -37,8 +38,10 @@ def save(
     Args:
         stratified: the model.
         directory: made if missing.
-        base: where the base can be had: ``reference``, ``revision``, ``head``, ``labels``, ``regression``.
+        base: where the base can be had: ``reference``, ``revision``, ``head``, ``labels``, ``regression``; with
+            ``digest``, that of :func:`base_digest`, the base is not read again.
         card: text of the model card (README.md); none by default.
+        write: False in the processes of a sharded model that only help to gather it.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -46,6 +49,10 @@ def save(
     folder = Path(directory)
     model = stratified.model
     source = dict(base or {})
+    state = adapter_state(stratified) if stratified.is_adapter else whole_tensors(model.state_dict())
+    source["digest"] = source.get("digest") or base_digest(stratified)
+    if not write:
+        return folder
     if stratified.is_adapter:
         config = model.peft_config[ADAPTER]
         before = (config.inference_mode, config.base_model_name_or_path, config.revision)
@@ -56,17 +63,17 @@ def save(
             io.write_json(folder / "adapter_config.json", _adapter_config(config))
         finally:
             config.inference_mode, config.base_model_name_or_path, config.revision = before
-        _write_tensors(folder / WEIGHTS_FILE, adapter_state(stratified))
+        _write_tensors(folder / WEIGHTS_FILE, state)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=state)
     io.write_json(
         folder / CONFIG_FILE,
         {
             "schema_version": io.SCHEMA_VERSION,
             "plan": stratified.config.to_dict(),
             "trainable": dict(stratified.trainable),
-            "base": {**{k: v for k, v in source.items() if k != "folder"}, "digest": base_digest(stratified)},
+            "base": {k: v for k, v in source.items() if k != "folder"},
         },
     )
     if card is not None:
@@ -75,7 +82,7 @@ def save(
 
 
 def adapter_state(stratified: StratifiedModel) -> dict[str, torch.Tensor]:
-    """The tensors of the adapter file under PEFT's names: what trains, and nothing else."""
+    """The tensors of the adapter file under PEFT's names: what trains, and nothing else; gathered where sharded."""
     from peft import get_peft_model_state_dict
 
     model = stratified.model
@@ -83,11 +90,28 @@ def adapter_state(stratified: StratifiedModel) -> dict[str, torch.Tensor]:
     state = {n: t for n, t in model.state_dict().items() if n in trained or ".modules_to_save." in n}
     kept = get_peft_model_state_dict(model, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False)
     # With bias="all" PEFT lists the biases of modules that are saved whole a second time, under an inner name.
-    return {
-        n: t.contiguous()
-        for n, t in kept.items()
-        if ".modules_to_save." not in f"{n}." and ".original_module." not in f"{n}."
-    }
+    return whole_tensors(
+        {
+            n: t.contiguous()
+            for n, t in kept.items()
+            if ".modules_to_save." not in f"{n}." and ".original_module." not in f"{n}."
+        }
+    )
+
+
+def whole_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors; sharded ones are gathered, for which every process has to call this."""
+    return {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in tensors.items()}
+
+
+def sharded_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, cut as a sharded parameter is; unchanged for other parameters."""
+    if not hasattr(parameter, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, parameter.placements)  # type: ignore[attr-defined]
 
 
 def load(
@@ -177,7 +201,7 @@ def load_state(stratified: StratifiedModel, state: Mapping[str, torch.Tensor]) -
         )
     with torch.no_grad():
         for name, tensor in named.items():
-            parameters[name].copy_(tensor)
+            parameters[name].copy_(sharded_like(tensor, parameters[name]))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
         SpafitError: as in :func:`spafit.fit`.
     """
     from spafit.adapt import apply_strata, plan_for
+    from spafit.checkpoint import base_digest
     from spafit.digests import model_digest, tokenizer_digest
     from spafit.heads import load_with_head
     from spafit.runtime import torch_seed
@@ -111,13 +112,14 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
     reference = headed.reference
     if reference != "default" and Path(reference).expanduser().exists():
         reference = str(Path(reference).expanduser().absolute())
-    base = {
+    base: dict[str, Any] = {
         "reference": reference,
         "folder": str(headed.folder) if reference == "default" else reference,
         "revision": headed.revision,
         "head": headed.head,
         "labels": None if data.labels is None else list(data.labels),
         "regression": data.regression,
+        "digest": base_digest(stratified),
     }
     run: dict[str, Any] = {
         "schema_version": io.SCHEMA_VERSION,
@@ -141,8 +143,7 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
         io.write_json(record, run)
     processes.wait()
     done = _run(job, stratified, headed.tokenizer, settings, seed, folder, base, run["notes"])
-    if processes.first:
-        _write(job, stratified, headed, settings, folder, base, run, done)
+    _write(job, stratified, headed, settings, folder, base, run, done)
     del headed, stratified
     _release(kind)
     processes.wait()
@@ -189,6 +190,10 @@ def _write(
     from spafit import checkpoint
 
     data, target = job.data, folder / "model"
+    base |= {"max_length": done["window"]}
+    if not job.processes.first:
+        checkpoint.save(stratified, target, base=base, write=False)
+        return
     for split, logits in done["logits"].items():
         write_scores(folder / f"predictions-{split}", data.frames[split], logits, labels=data.labels)
     card = checkpoint.model_card(
@@ -200,7 +205,7 @@ def _write(
         command=job.command,
         notes=run["notes"],
     )
-    checkpoint.save(stratified, target, base={**base, "max_length": done["window"]}, card=card)
+    checkpoint.save(stratified, target, base=base, card=card)
     assert headed.tokenizer is not None
     headed.tokenizer.save_pretrained(str(target))
     saved = sum(p.stat().st_size for p in target.iterdir() if p.suffix == ".safetensors")

@@ -15,7 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from spafit import checkpoint, io
 from spafit.adapt import StratifiedModel, canonical_name, canonical_parameters
 from spafit.batches import Collator, EncodedTexts, EpochOrder
-from spafit.errors import ModelError, NumericalError, OutputError
+from spafit.errors import ModelError, NumericalError, OutputError, UsageError
 from spafit.monitor import STATE_FILE, exhausted
 from spafit.prefix import PrefixCache
 from spafit.resolve import whole_modules
@@ -93,6 +93,16 @@ class StratifiedTrainer(Trainer):
         self.add_callback(_RankAllocation())
         self.remove_callback(PrinterCallback)  # it writes to stdout, which is for results
         self.model_accepts_loss_kwargs = False
+        if self.is_fsdp_enabled and self.remedies:
+            raise UsageError(
+                f"{self.remedies[0].name} compares whole parameters with the start, and FSDP gives each process a "
+                "share of them. Use several processes without FSDP (DDP), or leave the remedy off."
+            )
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise UsageError(
+                "FSDP's first version flattens parameters, so that trained and frozen ones cannot be told apart. Set "
+                "fsdp_version: 2 in accelerate's configuration."
+            )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with one group per rate and decay.
@@ -213,10 +223,11 @@ class StratifiedTrainer(Trainer):
                 "then goes on from the checkpoint before."
             ) from error
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(str(output_dir or self.args.output_dir))
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what trains; every process takes part, since it may hold a share of it, and one writes."""
+        folder = Path(output_dir or self.folder)
+        checkpoint.save(self.stratified, folder, base=self.base, write=self.args.should_save)
         if self.args.should_save:
-            checkpoint.save(self.stratified, folder, base=self.base)
             self.tokenizer_to_save.save_pretrained(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -266,7 +277,10 @@ def load_weights(stratified: StratifiedModel, folder: Path) -> None:
     state: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         state |= load_file(str(file))
-    result = stratified.model.load_state_dict(state, strict=False)
+    model = stratified.model
+    own = model.state_dict()
+    state = {n: checkpoint.sharded_like(t, own[n]) if n in own else t for n, t in state.items()}
+    result = model.load_state_dict(state, strict=False)
     untied = set(result.missing_keys) - set(stratified.plan.tied)
     if untied or result.unexpected_keys:
         raise ModelError(f"The checkpoint {folder.name} does not fit the model ({sorted(untied)[:3]}).")

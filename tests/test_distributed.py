@@ -15,6 +15,7 @@ import pytest
 
 from spafit import io
 from spafit.errors import OutputError
+from spafit.fit_result import FitResult
 from spafit.retain import parse_remedy
 from spafit.settings import TrainSettings
 from spafit.training import fit
@@ -42,11 +43,14 @@ PLANS: dict[str, Any] = {"still": STILL_PLAN, "dropout": PLAN, "full": "full"}
 _SCRIPT = """
 import json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from tests.test_distributed import record_writes, run
+from tests.test_distributed import record_writes, run, shard_on_the_cpu
 from spafit import seed_run
+from spafit.errors import UsageError
 from spafit.trainer import StratifiedTrainer
 
 bert, folder, jobs, kill = sys.argv[2], sys.argv[3], json.loads(sys.argv[4]), int(sys.argv[5])
+if sys.argv[6] == "sharded":
+    shard_on_the_cpu()
 rank = int(os.environ["RANK"])
 written, checked = record_writes(), []
 train, step = seed_run._run, StratifiedTrainer.training_step
@@ -66,7 +70,12 @@ def training_step(self, *args, **kwargs):
 seed_run._run, StratifiedTrainer.training_step = watched, training_step
 for name, options in jobs.items():
     written.clear()
-    result = run(bert, os.path.join(folder, name), {**options, "batch_size": 4})
+    try:
+        result = run(bert, os.path.join(folder, name), {**options, "batch_size": 4})
+    except UsageError as error:
+        with open(os.path.join(folder, f"{name}-{rank}.json"), "w") as file:
+            json.dump({"error": str(error)}, file)
+        continue
     seen = {"written": written, "checked": checked, "scores": result.runs["value"].tolist(),
             "processes": result.run["processes"]}
     with open(os.path.join(folder, f"{name}-{rank}.json"), "w") as file:
@@ -74,7 +83,7 @@ for name, options in jobs.items():
 """
 
 
-def run(bert: str, out: str | Path, options: dict[str, Any]) -> Any:
+def run(bert: str, out: str | Path, options: dict[str, Any]) -> FitResult:
     """``fit`` with some options."""
     settings = dict(options)
     n, plan, remedies = settings.pop("n", 48), PLANS[settings.pop("plan", "still")], settings.pop("remedies", [])
@@ -105,6 +114,24 @@ def record_writes() -> list[str]:
     return names
 
 
+def shard_on_the_cpu() -> None:
+    """Put accelerate's FSDP2 plugin in place by hand: from its configuration it takes it for accelerators only."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["BertLayer"],
+        cpu_ram_efficient_loading=False, state_dict_type="FULL_STATE_DICT", reshard_after_forward=True,
+    )  # fmt: skip
+    original = AcceleratorState.__init__
+
+    def begin(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+
+    AcceleratorState.__init__ = begin
+
+
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny BERT without dropout."""
@@ -116,12 +143,13 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(bert: Path, folder: Path, jobs: dict[str, dict[str, Any]], *, kill: int = 0) -> int:
+def launch(bert: Path, folder: Path, jobs: dict[str, dict[str, Any]], *, kill: int = 0, sharded: bool = False) -> int:
     """Run jobs one after the other in two gloo processes under torchrun; return its exit status."""
     script = folder / "script.py"
     script.write_text(_SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     arguments = [str(Path(__file__).parent.parent), str(bert), str(folder), json.dumps(jobs), str(kill)]
+    arguments.append("sharded" if sharded else "replicated")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command + arguments, capture_output=True, text=True, env=environment, check=False)
     assert kill or done.returncode == 0, done.stderr[-3000:]
@@ -136,12 +164,39 @@ def pairs(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SHARDED = ("random order", "prefix cached", "full")
+
+
+@pytest.fixture(scope="module")
+def shards(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some variants, trained by two processes of which each holds half of every parameter (FSDP2)."""
+    folder = tmp_path_factory.mktemp("shards")
+    launch(bert, folder, {name: VARIANTS[name] for name in (*SHARDED, "remedy")}, sharded=True)
+    return folder
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_processes_give_what_one_gives_with_twice_the_batch(
     bert: Path, pairs: Path, tmp_path: Path, variant: str
 ) -> None:
-    one = run(str(bert), tmp_path, VARIANTS[variant])
-    ours, theirs = weights(pairs / variant / "seed-0" / "model"), weights(one.model_folder())
+    check_equal(run(str(bert), tmp_path, VARIANTS[variant]), pairs / variant)
+
+
+@pytest.mark.parametrize("variant", SHARDED)
+def test_two_processes_with_a_half_each_give_it_too(bert: Path, shards: Path, tmp_path: Path, variant: str) -> None:
+    check_equal(run(str(bert), tmp_path, VARIANTS[variant]), shards / variant)
+    second = json.loads((shards / f"{variant}-1.json").read_text())
+    assert second["checked"]
+    assert second["written"] == []
+
+
+def test_a_remedy_on_shares_of_parameters_is_refused_by_each_process(shards: Path) -> None:
+    for rank in (0, 1):
+        assert "without FSDP" in json.loads((shards / f"remedy-{rank}.json").read_text())["error"]
+
+
+def check_equal(one: FitResult, folder: Path) -> None:
+    ours, theirs = weights(folder / "seed-0" / "model"), weights(one.model_folder())
     apart = {k: float((ours[k] - theirs[k]).abs().max()) for k in theirs}
     # A key's bias adds the same to all scores of a query, which softmax takes away. Its gradient is rounding alone,
     # and AdamW divides it by its own size.
@@ -149,7 +204,7 @@ def test_two_processes_give_what_one_gives_with_twice_the_batch(
     assert max(v for k, v in apart.items() if k not in keys) < 1e-5
     assert max((apart[k] for k in keys), default=0.0) < one.run["settings"]["learning_rate"]
     index = ["split", "metric", "step"]
-    curves = [io.read_table(f / "metrics").set_index(index)["value"] for f in (tmp_path, pairs / variant)]
+    curves = [io.read_table(f / "metrics").set_index(index)["value"] for f in (one.folder, folder)]
     pd.testing.assert_series_equal(*curves, atol=1e-5, rtol=1e-5)
 
 
@@ -165,15 +220,16 @@ def test_the_first_process_alone_writes_and_both_return_the_same(pairs: Path, va
 
 
 @pytest.mark.slow
-def test_two_processes_that_were_killed_go_on_to_the_same_weights(bert: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_that_were_killed_go_on_to_the_same_weights(bert: Path, tmp_path: Path, sharded: bool) -> None:
     """The plan's LoRA has dropout here, of which each process draws its own."""
     options = {"plan": "dropout", "prefix_cache": "on"}
-    launch(bert, tmp_path, {"whole": options})
-    assert launch(bert, tmp_path, {"killed": options}, kill=9)
+    launch(bert, tmp_path, {"whole": options}, sharded=sharded)
+    assert launch(bert, tmp_path, {"killed": options}, kill=9, sharded=sharded)
     killed = tmp_path / "killed" / "seed-0"
     assert sorted(p.name for p in killed.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
     assert {p.name for p in (killed / "checkpoint-8").glob("rng*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     with pytest.raises(OutputError, match="number of processes"):
         run(str(bert), tmp_path / "killed", {**options, "batch_size": 4})
-    launch(bert, tmp_path, {"killed": options})
+    launch(bert, tmp_path, {"killed": options}, sharded=sharded)
     assert same(killed / "model", tmp_path / "whole" / "seed-0" / "model")
