@@ -149,7 +149,9 @@ def train(
         list[str] | None, _option(_LOOP, "--track", help="tensorboard, trackio, wandb or mlflow; repeat for several.")
     ] = None,
     device: Device = "auto",
-    out: Annotated[Path | None, _option(_OUT, "--out", "-o", help="Default: `runs/train/<model>-<task>-<plan>`.")] = None,
+    out: Annotated[
+        Path | None, _option(_OUT, "--out", "-o", help="Default: `runs/train/<model>-<task>-<plan>`.")
+    ] = None,
     resume: Annotated[
         bool, _option(_OUT, "--resume/--no-resume", help="Go on from finished seeds and checkpoints, or start over.")
     ] = True,
