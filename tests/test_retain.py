@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,16 @@ from spafit.runtime import generator, torch_seed
 from spafit.strata import StrataConfig
 from spafit.stratum import LoraOptions, Outside, Stratum
 from tests.tiny import tiny_config, tiny_tokenizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums in another order send these few hundred steps elsewhere: the planted problem is one fixed trajectory."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = ["a b c", "d e", "the cat sees a dog", "f g h i", "big old dog", "k"]

@@ -55,7 +55,7 @@ def make_trainer(bert: Path, out: Path, plan: Any = PLAN, **changes: Any) -> Str
     with torch_seed(0):
         stratified = apply_strata(headed.model, plan)
     settings = replace(QUICK, **changes)
-    arguments = training_arguments(settings, out, seed=0, device="cpu", select=False, quiet=True)
+    arguments = training_arguments(settings, out, seed=0, device="cpu", select=False)
     train = encode(frame(24, 1), headed.tokenizer, max_length=16, regression=False)
     return StratifiedTrainer(stratified, settings, arguments, train=train, tokenizer=headed.tokenizer)
 
