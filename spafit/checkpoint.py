@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from spafit import io
 from spafit.adapt import ADAPTER, StratifiedModel, apply_strata, canonical_name, canonical_parameters
 from spafit.errors import ModelError
+from spafit.hub import quiet
 from spafit.strata import StrataConfig
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def save(
         _write_tensors(folder / WEIGHTS_FILE, state)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(str(folder), state_dict=state)
+        with quiet():
+            model.save_pretrained(str(folder), state_dict=state)
     io.write_json(
         folder / CONFIG_FILE,
         {

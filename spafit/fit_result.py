@@ -103,9 +103,8 @@ class FitResult:
             ax = new_figure(width=6.4, height=3.6).add_subplot()
         loss = self.metrics[(self.metrics["split"] == "train") & (self.metrics["metric"] == "loss")]
         for n, (_, rows) in enumerate(loss.groupby("seed")):
-            ax.plot(
-                rows["step"], rows["value"], color="#555555", linewidth=1, label="training loss" if n == 0 else None
-            )
+            label = "training loss" if n == 0 else None
+            ax.plot(rows["step"], rows["value"], ".-", color="#555555", linewidth=1, markersize=2, label=label)
         ax.set_xlabel("step")
         ax.set_ylabel("training loss")
         scored = self.metrics[(self.metrics["metric"] == "headline") & (self.metrics["split"] == "select")]

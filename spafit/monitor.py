@@ -62,9 +62,11 @@ class StepMonitor(TrainerCallback, ExportableState):
         self._progress.advance(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance, and look at the memory."""
+        """Advance, look at the memory, and have the last step logged."""
         if self._progress is not None:
             self._progress.advance(1)
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last steps, too, and those of a run shorter than the logging interval
         if args.device.type == "cuda":
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
         else:

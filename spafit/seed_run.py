@@ -270,9 +270,7 @@ def _run(
     last = last_checkpoint(folder)
     monitor = StepMonitor(last, patience=settings.patience, quiet=job.quiet)
     with torch_seed(seed, "training"), _own_state():
-        arguments = training_arguments(
-            settings, folder, seed=seed, device=device, select=len(select) > 0, quiet=job.quiet
-        )
+        arguments = training_arguments(settings, folder, seed=seed, device=device, select=len(select) > 0)
         stratified.model.to(device)
         mixed = torch.autocast(device.partition(":")[0], dtype=torch.bfloat16) if arguments.bf16 else nullcontext()
         with mixed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -74,14 +75,14 @@ class TrainSettings:
         """Check the values."""
         for name, low in (("epochs", 0.0), ("batch_size", 1), ("accumulate", 1), ("max_length", 2), ("log_steps", 1)):
             value = getattr(self, name)
-            if value < low or (name == "epochs" and value == 0):
+            if not math.isfinite(value) or value < low or (name == "epochs" and value == 0):
                 raise UsageError(f"{name} must be {'above 0' if name == 'epochs' else f'at least {low}'}; got {value}.")
         for name in ("learning_rate", "max_train", "save_steps"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} must be above 0; got {value}. Leave it out for the default.")
         for name in ("weight_decay", "max_grad_norm", "patience", "workers"):
-            if getattr(self, name) < 0:
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise UsageError(f"{name} must not be negative; got {getattr(self, name)}.")
         if not 0 <= self.warmup < 1 or not 0 <= self.select_share < 1:
             raise UsageError(

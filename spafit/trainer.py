@@ -311,7 +311,6 @@ def training_arguments(
     seed: int,
     device: str,
     select: bool,
-    quiet: bool,
 ) -> TrainingArguments:
     """Translate :class:`TrainSettings` for transformers.
 
@@ -321,7 +320,6 @@ def training_arguments(
         seed: of order and dropout.
         device: torch device of this process.
         select: whether there are held-out items to evaluate and select on.
-        quiet: fewer messages of transformers.
     """
     assert settings.learning_rate is not None
     saves = "steps" if settings.save_steps else "epoch"
@@ -360,7 +358,7 @@ def training_arguments(
         dataloader_pin_memory=device.startswith("cuda"),
         report_to=list(settings.track) or "none",
         disable_tqdm=True,
-        log_level="error" if quiet else "warning",
+        log_level="error",
         ddp_find_unused_parameters=False,
     )
     if arguments.n_gpu > 1:  # several GPUs are used by several processes, never by replicas inside one

@@ -10,8 +10,9 @@ import pandas as pd
 
 from spafit import io
 from spafit.data.training import TrainData
-from spafit.errors import DataError, OutputError, UsageError
+from spafit.errors import DataError, OutputError, UsageError, did_you_mean
 from spafit.fit_result import METRIC_COLUMNS, RUN_COLUMNS, FitResult
+from spafit.metrics import METRICS
 from spafit.processes import joined
 from spafit.runtime import provenance
 from spafit.seed_run import Job, train_seed
@@ -111,6 +112,15 @@ def _check_data(data: TrainData, settings: TrainSettings) -> None:
             f"{data.name}: {unlabelled} of {len(train)} training items have no label. Every one needs a label; remove "
             "the others."
         )
+    kind = "regression" if data.regression else "classification"
+    for name in data.metrics:
+        if name in METRICS and METRICS[name].kind != kind:
+            raise UsageError(f"{name} is not a metric of {kind}. Use {_metrics_of(kind)}.")
+        if name not in METRICS or (name == "f1" and len(data.labels or ()) != 2):
+            raise UsageError(
+                f"The metric {name!r} is not known for {len(data.labels or ())} classes. Use {_metrics_of(kind)}."
+                f"{did_you_mean(name, METRICS)}"
+            )
     if settings.class_weights and data.regression:
         raise UsageError("class_weights are for classes, and this is a regression. Leave them off.")
     if settings.patience and round(settings.select_share * len(train)) == 0:
@@ -118,6 +128,10 @@ def _check_data(data: TrainData, settings: TrainSettings) -> None:
             f"patience needs items to watch, and a share of {settings.select_share} of {len(train)} training items is "
             "none. Raise select_share."
         )
+
+
+def _metrics_of(kind: str) -> str:
+    return ", ".join(n for n, m in METRICS.items() if m.kind == kind)
 
 
 def _is_written(folder: Path, done: Sequence[dict[str, Any]]) -> bool:

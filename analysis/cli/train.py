@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -211,6 +212,8 @@ def train(
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted. The last checkpoint is kept; the same command goes on from there.\n")
         raise typer.Exit(130) from None
+    if os.environ.get("RANK", "0") != "0":  # of several processes, the first one speaks
+        return
     if push_to_hub:
         from spafit.hub import push_folder
 
@@ -271,7 +274,7 @@ def read_training_data(
         return glue_data(task, source, files=names or None, offline=offline)
     given = {split: path for split, path in tables.items() if path is not None}
     if not given:
-        raise UsageError("No data: give --task with --data, or --train with a table.")
+        raise UsageError(f"No data: give --task with --data, or a table with --{next(iter(tables))}.")
     name = next(iter(given.values())).stem
     return table_data(
         given, text=text, text2=text2, label=label, regression=regression, header=header, metrics=metrics,
