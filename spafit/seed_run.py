@@ -363,6 +363,7 @@ def _prefix_cache(
     if settings.prefix_cache == "off" or settings.prefix_dropout:
         return None, ""
     free = shutil.disk_usage(folder).free
+    job.processes.wait()  # all decide on the same free space
     pays, why = prefix_pays(stratified, train, epochs=settings.epochs, free_bytes=free, device=job.processes.device)
     if settings.prefix_cache == "auto" and not pays:
         return None, f"prefix cache off: {why}"

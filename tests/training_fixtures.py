@@ -71,6 +71,14 @@ def same(first: Path, second: Path) -> bool:
     return set(one) == set(two) and all(one[n].equal(two[n]) for n in one)
 
 
+def is_key_bias(name: str) -> bool:
+    """Whether a parameter's gradient is rounding alone, which AdamW divides by its own size.
+
+    A key's bias adds the same to all scores of a query, and softmax takes that away.
+    """
+    return "attention.self.key." in name and name.endswith("bias")
+
+
 class BrokenOff(BaseException):
     """Ends a process's work at once, as far as a test inside the process can."""
 
