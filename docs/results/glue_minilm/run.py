@@ -8,6 +8,7 @@ DATA is a folder of GLUE files. Each task × method runs in a process of its own
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,9 @@ def collect(runs: Path) -> None:
     cell = ["task", "method", "learning_rate", "seed", "split", "metric"]
     table = pd.concat([r for r in rows if len(r)], ignore_index=True)
     table = table.drop_duplicates(cell, keep="last").sort_values(cell)
-    table.to_csv(HERE / "rows.csv", index=False, float_format="%.6g", lineterminator="\n")
+    partial = HERE / f".rows.{os.getpid()}.csv"  # two tasks may be trained at once, each by a command of its own
+    table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+    partial.replace(HERE / "rows.csv")
 
 
 def _rows() -> pd.DataFrame:
