@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from spafit.data.glue import GLUE_TASKS, glue_task
+from spafit.data.glue_tasks import GLUE_TASKS, glue_task
 from spafit.errors import ConfigError, UsageError, did_you_mean
 from spafit.fields import FieldError, FieldPath, Origin, choice, integer, number, text
 from spafit.presets import preset_config

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from spafit import io
-from spafit.data.glue import GLUE_TASKS, read_glue
+from spafit.data.glue import read_glue
+from spafit.data.glue_tasks import GLUE_TASKS
 from spafit.data.training import TrainData
 from spafit.errors import DataError, SpafitError, UsageError
 from spafit.fit_result import RUN_COLUMNS, FitResult

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import pandas as pd
 
 from spafit import io
-from spafit.data.glue import GLUE_TASKS, write_predictions
+from spafit.data.glue_predictions import write_predictions
+from spafit.data.glue_tasks import GLUE_TASKS
 from spafit.data.training import TrainData
 from spafit.errors import SpafitError
 from spafit.fit_result import FitResult

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from spafit import io
-from spafit.data.training import TrainData, hold_out
+from spafit.data.sampling import hold_out
+from spafit.data.training import TrainData
 from spafit.errors import OutputError
 from spafit.fit_result import RUN_COLUMNS
 from spafit.predictions import predict_logits, predicted, write_scores
@@ -241,7 +242,7 @@ def _run(
     import torch
 
     from spafit.batches import encode
-    from spafit.data.glue import class_weights
+    from spafit.data.sampling import class_weights
     from spafit.metrics import compute_metrics, headline
     from spafit.monitor import StepMonitor
     from spafit.retain import prices

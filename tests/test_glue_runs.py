@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from analysis.cli.main import app
 from spafit import io
-from spafit.data.glue import GLUE_TASKS
+from spafit.data.glue_tasks import GLUE_TASKS
 from spafit.errors import ConfigError, DataError, UsageError
 from spafit.fit_result import METRIC_COLUMNS, FitResult
 from spafit.glue_cells import Context

@@ -657,7 +657,7 @@ def test_the_best_checkpoint_is_the_one_that_is_saved_and_reported(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from spafit import checkpoint
-    from spafit.data.training import hold_out
+    from spafit.data.sampling import hold_out
     from spafit.metrics import compute_metrics
     from spafit.predictions import predict_logits, predicted
 

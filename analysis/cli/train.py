@@ -36,7 +36,7 @@ def _presets(incomplete: str) -> list[str]:
 
 
 def _tasks(incomplete: str) -> list[str]:
-    from spafit.data.glue import GLUE_TASKS
+    from spafit.data.glue_tasks import GLUE_TASKS
 
     return [t for t in GLUE_TASKS if t.startswith(incomplete)]
 
@@ -299,7 +299,7 @@ def _number_of_labels(task: str | None, regression: bool) -> int:
         return 1
     if task is None:
         return 2
-    from spafit.data.glue import GLUE_TASKS
+    from spafit.data.glue_tasks import GLUE_TASKS
     from spafit.errors import UsageError, did_you_mean
 
     if task not in GLUE_TASKS:

@@ -11,10 +11,13 @@ import pandas as pd
 from probing.tasks.base import Task
 from probing.tasks.columns import SPLIT_NAMES, TABLE_ONLY, Options, Part, parse_options, task_from_parts
 from probing.tasks.reading import safe_name
+from spafit.data.hub import ask_for_data_set
 from spafit.errors import DataError, HubError, TaskError, did_you_mean
 
-#: Seconds that the hub has for its first answer.
-TIMEOUT_S = 10.0
+_REMEDY = (
+    "Use a folder that datasets saved (save_to_disk), a table: file, or HF_HUB_OFFLINE=1 for a data set that was "
+    "downloaded before."
+)
 
 
 def hub_tasks(body: str, *, base: Path) -> list[Task]:
@@ -71,44 +74,13 @@ def _download(name: str, options: Options) -> Any:
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
-        _ask_hub(name, options.revision or None)
+        ask_for_data_set(name, revision=options.revision or None, remedy=_REMEDY)
     try:
         return datasets.load_dataset(name, options.config or None, revision=options.revision or None)
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise _unreachable(name) from error
+        raise HubError(f"The hub cannot be reached for data set {name!r}. {_REMEDY}") from error
     except (ValueError, RuntimeError) as error:  # an unknown configuration, or a data set that needs its own code
         raise TaskError(f"Data set {name!r} cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def _ask_hub(name: str, revision: str | None) -> None:
-    """One question with a time limit before the download: the library itself retries for half a minute."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
-    try:
-        HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT_S)
-    except GatedRepoError as error:
-        raise HubError(
-            f"Data set {name!r} is gated: accept its terms on its page and log in (hf auth login)."
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise HubError(
-            f"There is no data set {name!r} on the hub and no folder of that name here; a private one needs a login."
-        ) from error
-    except HfHubHTTPError as error:
-        raise HubError(f"The hub refused data set {name!r} ({str(error).splitlines()[0]}).") from error
-    except Exception as error:
-        # The HTTP library behind the hub's client changes with its version; all of them name the class so.
-        if not isinstance(error, OSError) and "TransportError" not in {c.__name__ for c in type(error).__mro__}:
-            raise
-        raise _unreachable(name) from error
-
-
-def _unreachable(name: str) -> HubError:
-    return HubError(
-        f"The hub cannot be reached for data set {name!r}. Use a folder that datasets saved (save_to_disk), "
-        "a table: file, or HF_HUB_OFFLINE=1 for a data set that was downloaded before."
-    )
 
 
 def _splits(reference: str, content: Mapping[str, Any], options: Options) -> list[tuple[str, str, bool]]:

@@ -1,7 +1,4 @@
-"""The GLUE benchmark (Wang et al. 2019): its nine tasks and the AX diagnostic, read from its files or from the hub.
-
-The benchmark's servers score the hidden test labels; :func:`write_predictions` writes what they take.
-"""
+"""Read the GLUE benchmark's tasks (:data:`~spafit.data.glue_tasks.GLUE_TASKS`) from its files or from the hub."""
 
 from __future__ import annotations
 
@@ -9,151 +6,22 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from spafit.data.glue_tasks import GlueTask, glue_task
+from spafit.data.hub import ask_for_data_set
 from spafit.data.tables import read_lines, read_table_file, table_suffix
-from spafit.errors import DataError, HubError, NumericalError, UsageError, did_you_mean
-from spafit.io import write_text
-from spafit.runtime import generator
+from spafit.errors import DataError, HubError, UsageError, did_you_mean
 
 #: Data set on the hub that holds every task as a configuration.
 HUB_NAME = "nyu-mll/glue"
-#: Seconds that the hub has for its first answer.
-TIMEOUT_S = 10.0
 
 _IDX = ("index", "idx", "id")
-_PAIR = (("sentence1",), ("sentence2",))
-_PREMISE = (("sentence1", "premise"), ("sentence2", "hypothesis"))
-_SPLITS = {"train": ("train.tsv",), "validation": ("dev.tsv",), "test": ("test.tsv",)}
-
-
-@dataclass(frozen=True)
-class GlueTask:
-    """One task of the benchmark.
-
-    Attributes:
-        name: short name, also the hub's configuration.
-        text: one or two texts, each with the column names it goes by (compared without case).
-        label: column names of the label.
-        labels: class names in the order of their codes; empty for a regression.
-        metrics: names in :data:`spafit.metrics.METRICS`; the benchmark's number is their mean.
-        predictions: test split to the file name that the benchmark wants.
-        licence: of the data, in words.
-        citation: key and source of the paper.
-        folders: names of its folder, in lower case.
-        splits: split to the file names under which it circulates, in order of preference.
-        words: whether files and predictions carry class names rather than codes.
-        limits: lowest and highest value of a regression; None for classes.
-        bare: column names by position of files without a header; the columns after the last text may be absent.
-    """
-
-    name: str
-    text: tuple[tuple[str, ...], ...]
-    label: tuple[str, ...]
-    labels: tuple[str, ...]
-    metrics: tuple[str, ...]
-    predictions: Mapping[str, str]
-    licence: str
-    citation: str
-    folders: tuple[str, ...]
-    splits: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(_SPLITS))
-    words: bool = False
-    limits: tuple[float, float] | None = None
-    bare: tuple[str, ...] = ()
-
-    @property
-    def regression(self) -> bool:
-        """Whether the label is a number rather than a class."""
-        return self.limits is not None
-
-
-# fmt: off
-_TASKS = (
-    GlueTask(
-        "cola", (("sentence",),), ("label",), ("unacceptable", "acceptable"), ("matthews",), {"test": "CoLA.tsv"},
-        "research use", "warstadt2019neural: TACL 7, 625-641", ("cola", "cola_public"),
-        splits={
-            "train": ("train.tsv", "cola_public/raw/in_domain_train.tsv", "raw/in_domain_train.tsv"),
-            "validation": ("dev.tsv",), "test": ("test.tsv",),
-        },
-        bare=("source", "label", "mark", "sentence"),
-    ),
-    GlueTask(
-        "sst2", (("sentence",),), ("label",), ("negative", "positive"), ("accuracy",), {"test": "SST-2.tsv"},
-        "research use", "socher2013recursive: EMNLP 2013", ("sst-2", "sst2", "sst"),
-    ),
-    GlueTask(
-        "mrpc", (("#1 string", "sentence1"), ("#2 string", "sentence2")), ("quality", "label"),
-        ("not_equivalent", "equivalent"), ("accuracy", "f1"), {"test": "MRPC.tsv"},
-        "Microsoft Research data licence", "dolan2005automatically: IWP 2005", ("mrpc",),
-        splits={**_SPLITS, "test": ("test.tsv", "msr_paraphrase_test.txt")},
-    ),
-    GlueTask(
-        "qqp", (("question1",), ("question2",)), ("is_duplicate", "label"), ("not_duplicate", "duplicate"),
-        ("accuracy", "f1"), {"test": "QQP.tsv"},
-        "Quora's terms of service, non-commercial", "iyer2017quora: Quora Question Pairs", ("qqp",),
-    ),
-    GlueTask(
-        "stsb", _PAIR, ("score", "label"), (), ("pearson", "spearman"), {"test": "STS-B.tsv"},
-        "mixed, see the LICENSE.txt of the data", "cer2017semeval: SemEval-2017, 1-14", ("sts-b", "stsb"),
-        limits=(0.0, 5.0),
-        bare=("genre", "file", "year", "old_index", "score", "sentence1", "sentence2", "source1", "source2"),
-    ),
-    GlueTask(
-        "mnli", _PREMISE, ("gold_label", "label"), ("entailment", "neutral", "contradiction"), ("accuracy",),
-        {"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
-        "OANC, CC BY 3.0 and CC BY-SA 3.0, by genre", "williams2018broad: NAACL 2018, 1112-1122", ("mnli",),
-        splits={
-            "train": ("train.tsv",),
-            **{f"validation_{m}": (f"dev_{m}.tsv",) for m in ("matched", "mismatched")},
-            **{f"test_{m}": (f"test_{m}.tsv",) for m in ("matched", "mismatched")},
-        },
-        words=True,
-    ),
-    GlueTask(
-        "qnli", (("question",), ("sentence",)), ("label",), ("entailment", "not_entailment"), ("accuracy",),
-        {"test": "QNLI.tsv"},
-        "CC BY-SA 4.0", "rajpurkar2016squad: EMNLP 2016, 2383-2392", ("qnli", "qnliv2"), words=True,
-    ),
-    GlueTask(
-        "rte", _PAIR, ("label",), ("entailment", "not_entailment"), ("accuracy",), {"test": "RTE.tsv"},
-        "research use", "dagan2006pascal, barhaim2006second, giampiccolo2007third, bentivogli2009fifth", ("rte",),
-        words=True,
-    ),
-    GlueTask(
-        "wnli", _PAIR, ("label",), ("not_entailment", "entailment"), ("accuracy",), {"test": "WNLI.tsv"},
-        "CC BY 4.0", "levesque2012winograd: KR 2012", ("wnli",),
-    ),
-    GlueTask(
-        "ax", _PREMISE, ("label",), ("entailment", "neutral", "contradiction"), ("matthews",), {"test": "AX.tsv"},
-        "as published with the benchmark", "wang2019glue: ICLR 2019", ("ax", "diagnostic", "diagnostics"),
-        splits={"test": ("diagnostic.tsv", "diagnostic-full.tsv", "AX.tsv", "ax.tsv")}, words=True,
-    ),
-)
-# fmt: on
-
-#: Name to task. ``ax`` has a test split only, and is answered by a model of ``mnli``.
-GLUE_TASKS: dict[str, GlueTask] = {task.name: task for task in _TASKS}
-
-
-def glue_task(name: str | GlueTask) -> GlueTask:
-    """Return the task of that name (``SST-2`` and ``sst2`` are the same).
-
-    Raises:
-        UsageError: there is none.
-    """
-    if isinstance(name, GlueTask):
-        return name
-    short = name.lower().replace("-", "").replace("_", "")
-    if short not in GLUE_TASKS:
-        raise UsageError(f"Unknown GLUE task {name!r}.{did_you_mean(short, GLUE_TASKS)} Use {', '.join(GLUE_TASKS)}.")
-    return GLUE_TASKS[short]
 
 
 def read_glue(
@@ -400,7 +268,7 @@ def _from_hub(
     try:
         with _offline(offline):
             if not Path(name).is_dir() and not datasets.config.HF_HUB_OFFLINE:
-                _ask_hub(name)
+                ask_for_data_set(name, remedy=remedy)
             content = datasets.load_dataset(name, task.name)
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -435,118 +303,3 @@ def _offline(wanted: bool) -> Iterator[None]:
         yield
     finally:
         config.HF_HUB_OFFLINE = before
-
-
-def _ask_hub(name: str) -> None:
-    """One question with a time limit before the download: the library itself retries for half a minute."""
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().dataset_info(name, timeout=TIMEOUT_S)
-    except Exception as error:
-        # The HTTP client changes with the hub's library; all of them name their errors' base so.
-        if "TransportError" not in {c.__name__ for c in type(error).__mro__}:
-            raise
-        raise ConnectionError(f"the hub did not answer ({error}).") from error
-
-
-# ---------------------------------------------------------------- out
-
-
-def write_predictions(
-    task: str | GlueTask, split: str, frame_idx: ArrayLike, predictions: ArrayLike, folder: str | os.PathLike[str]
-) -> Path:
-    r"""Write one file of a submission: ``index\tprediction``, rows in the order of their index.
-
-    Class names for MNLI, QNLI, RTE and AX, codes for the others; STS-B's scores are clipped to 0…5 and have three
-    decimals. The benchmark takes a submission only with all eleven files, each with every row of its test set.
-
-    Args:
-        task: a name of :data:`GLUE_TASKS`.
-        split: ``test``, or ``test_matched`` and ``test_mismatched`` for MNLI.
-        frame_idx: the column ``idx`` of the split's frame.
-        predictions: class codes, or scores for STS-B, one per row.
-        folder: where the file goes, under the benchmark's name (``CoLA.tsv``, …).
-
-    Returns:
-        The file's path; it was written atomically.
-
-    Raises:
-        UsageError: a split without a file in the submission, lengths that differ, an index that occurs twice, a code
-            that is no class.
-        NumericalError: scores that are not finite.
-    """
-    task = glue_task(task)
-    if split not in task.predictions:
-        raise UsageError(f"Predictions of {task.name} are for {', '.join(task.predictions)}; got {split!r}.")
-    idx, values = np.asarray(frame_idx, dtype=np.int64), np.asarray(predictions, dtype=np.float64)
-    if idx.ndim != 1 or idx.shape != values.shape:
-        raise UsageError(f"{values.shape} predictions for {idx.shape} rows. Give one prediction per row of the split.")
-    if len(np.unique(idx)) != len(idx):
-        raise UsageError(f"An index occurs twice among the {len(idx)} rows. Give the rows of one split, each once.")
-    if not np.all(np.isfinite(values)):
-        raise NumericalError(f"Predictions of {task.name} are not finite. Nothing was written.")
-    if task.limits is not None:
-        written = [f"{v:.3f}" for v in np.clip(values, *task.limits)]
-    else:
-        wrong = values[~np.isin(values, np.arange(len(task.labels)))]
-        if len(wrong):
-            raise UsageError(
-                f"Prediction {wrong[0]:g} is no class of {task.name}: codes go from 0 to {len(task.labels) - 1}."
-            )
-        written = [task.labels[int(v)] if task.words else str(int(v)) for v in values]
-    rows = "".join(f"{idx[i]}\t{written[i]}\n" for i in np.argsort(idx))
-    path = Path(folder) / task.predictions[split]
-    write_text(path, "index\tprediction\n" + rows)
-    return path
-
-
-def stratified_subset(frame: pd.DataFrame, n: int, seed: int, label: str = "label") -> pd.DataFrame:
-    """Draw exactly ``n`` rows with the label's distribution; rows keep their order, index and ``attrs``.
-
-    Classes get their share of ``n`` by largest remainder; one whose share is less than one row may get none. A
-    float label is cut into ten bins (or ``n``, if smaller) of equal counts by rank. The draw depends on ``seed`` and
-    the labels only.
-
-    Raises:
-        UsageError: ``n`` is not from 1 to the number of rows, or a label is missing.
-    """
-    if not 1 <= n <= len(frame):
-        raise UsageError(f"A subset of {n} rows cannot be drawn from {len(frame)}. Use 1 to {len(frame)}.")
-    values = frame[label]
-    if values.isna().any():
-        raise UsageError(f"{int(values.isna().sum())} of {len(frame)} labels are missing. Draw from a labelled split.")
-    if pd.api.types.is_float_dtype(values):
-        rank = values.rank(method="first").to_numpy() - 1
-        strata = np.floor(rank * min(10, n) / len(frame)).astype(np.int64)
-    else:
-        strata = np.unique(values.to_numpy(), return_inverse=True)[1]
-    counts = np.bincount(strata)
-    exact = counts * n / len(frame)
-    take = np.floor(exact).astype(np.int64)
-    take[np.argsort(take - exact, kind="stable")[: n - take.sum()]] += 1
-    rng = generator(seed, "stratified subset")
-    chosen = [rng.permutation(np.flatnonzero(strata == s))[:k] for s, k in enumerate(take)]
-    return frame.iloc[np.sort(np.concatenate(chosen))]
-
-
-def class_weights(labels: ArrayLike, *, n_classes: int | None = None) -> NDArray[np.float64]:
-    """Weight per class code, n / (classes · count): every class then weighs the same in a loss (King & Zeng 2001).
-
-    Args:
-        labels: class codes from 0.
-        n_classes: how many there are; default the highest code and one.
-
-    Raises:
-        UsageError: no labels, a label that is missing or no class, or a class that does not occur, whose
-            weight would be infinite.
-    """
-    values = pd.to_numeric(pd.Series(labels)).to_numpy(dtype=np.float64, na_value=np.nan)
-    size = n_classes or int(np.nanmax(values, initial=0)) + 1
-    if not len(values) or not np.isin(values, np.arange(size)).all():
-        raise UsageError(f"Class weights need at least one label, and codes from 0 to {size - 1} only.")
-    codes = values.astype(np.int64)
-    counts = np.bincount(codes, minlength=size)
-    if not counts.all():
-        raise UsageError(f"Class {int(np.argmin(counts))} does not occur, so it has no weight. Leave it out.")
-    return len(codes) / (len(counts) * counts.astype(np.float64))

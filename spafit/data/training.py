@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 
 from spafit import io
-from spafit.data.glue import GLUE_TASKS, read_glue, stratified_subset
+from spafit.data.glue import read_glue
+from spafit.data.glue_tasks import GLUE_TASKS
+from spafit.data.sampling import hold_out, stratified_subset
 from spafit.data.tables import read_table_file
 from spafit.errors import DataError, UsageError, did_you_mean
 
@@ -69,22 +71,6 @@ class TrainData:
             return self
         frames = {**self.frames, split: stratified_subset(frame, n, seed)}
         return replace(self, frames=frames, digests={})
-
-
-def hold_out(
-    frame: pd.DataFrame, share: float, *, seed: int, most: int | None = None
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Split the training items into those trained on and ``share`` of them held out to select on: (kept, held out).
-
-    With ``most``, only so many are used in all. Both draws keep the shares of the labels.
-    """
-    if most is not None and most < len(frame):
-        frame = stratified_subset(frame, most, seed)
-    n = round(share * len(frame))
-    if n == 0:
-        return frame, frame.iloc[:0]
-    held = stratified_subset(frame, n, seed)
-    return frame.drop(index=held.index), held
 
 
 def glue_data(
