@@ -13,6 +13,7 @@ from spafit.data.glue import read_glue
 from spafit.data.glue_predictions import write_predictions
 from spafit.data.glue_tasks import GLUE_TASKS, glue_task
 from spafit.data.sampling import class_weights, stratified_subset
+from spafit.data.training import glue_data
 from spafit.errors import DataError, HubError, NumericalError, UsageError
 from spafit.metrics import METRICS
 from spafit.runtime import generator
@@ -221,6 +222,7 @@ def test_malformed_rows_are_an_error_or_counted(glue):
     # Without an index of its own a row keeps its number in the file: the malformed ones count.
     write_tsv(glue / "SST-2" / "train.tsv", ["sentence", "label"], [["a", "0"], ["b"], ["c", "1"]])
     assert read_glue("sst2", glue, on_bad_rows="skip")["train"]["idx"].tolist() == [0, 2]
+    assert glue_data("qqp", glue, on_bad_rows="skip").source == "GLUE qqp (malformed lines left out: 1 of train)"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -55,6 +55,10 @@ Files = Annotated[
     list[str] | None,
     _option(_DATA, "--file", help="SPLIT=NAME for GLUE files of other names, such as train=train.rebuilt.tsv."),
 ]
+SkipBadRows = Annotated[
+    bool,
+    _option(_DATA, "--skip-bad-rows", help="With --task: leave out malformed lines (the official QQP has some)."),
+]
 TextColumn = Annotated[str, _option(_DATA, "--text", help="Column of the text.")]
 Text2Column = Annotated[str | None, _option(_DATA, "--text2", help="Column of a pair's second text.")]
 LabelColumn = Annotated[str, _option(_DATA, "--label", help="Column of the label.")]
@@ -90,6 +94,7 @@ def train(
     task: GlueTask = None,
     data: Data = None,
     file: Files = None,
+    skip_bad_rows: SkipBadRows = False,
     train_file: Annotated[
         Path | None, _option(_DATA, "--train", help="A table (TSV, CSV, JSONL, parquet) to train on.")
     ] = None,
@@ -194,7 +199,7 @@ def train(
     given = read_training_data(
         task, data, file, {"train": train_file, "validation": validation, "test": test}, text=text, text2=text2,
         label=label, regression=regression, header=not no_header, metrics=tuple(metric) if metric else None,
-        offline=offline,
+        offline=offline, skip_bad_rows=skip_bad_rows,
     )  # fmt: skip
     from spafit.retain import parse_remedy
     from spafit.training import fit
@@ -259,6 +264,7 @@ def read_training_data(
     header: bool,
     metrics: tuple[str, ...] | None,
     offline: bool,
+    skip_bad_rows: bool = False,
     labels: tuple[str, ...] | None = None,
 ) -> TrainData:
     """The data that the options name: a GLUE task, or tables."""
@@ -271,7 +277,8 @@ def read_training_data(
         names = dict(f.split("=", 1) for f in files or () if "=" in f)
         if len(names) != len(files or ()):
             raise UsageError("--file must be SPLIT=NAME, such as train=train.rebuilt.tsv.")
-        return glue_data(task, source, files=names or None, offline=offline)
+        on_bad_rows: Literal["error", "skip"] = "skip" if skip_bad_rows else "error"
+        return glue_data(task, source, files=names or None, on_bad_rows=on_bad_rows, offline=offline)
     given = {split: path for split, path in tables.items() if path is not None}
     if not given:
         raise UsageError(f"No data: give --task with --data, or a table with --{next(iter(tables))}.")

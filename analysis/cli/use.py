@@ -18,6 +18,7 @@ from analysis.cli.train import (
     NoHeader,
     Offline,
     Quiet,
+    SkipBadRows,
     Text2Column,
     TextColumn,
     read_training_data,
@@ -35,6 +36,7 @@ def evaluate(
     task: GlueTask = None,
     data: Data = None,
     file: Files = None,
+    skip_bad_rows: SkipBadRows = False,
     text: TextColumn = "text",
     text2: Text2Column = None,
     label: LabelColumn = "label",
@@ -56,6 +58,7 @@ def evaluate(
     given = read_training_data(
         task, data, file, {"table": table}, text=text, text2=text2, label=label, regression=base["regression"],
         header=not no_header, metrics=None, offline=offline, labels=_labels(base),
+        skip_bad_rows=skip_bad_rows,
     )  # fmt: skip
     scores: dict[str, dict[str, float]] = {}
     for split in given.scored_splits:

@@ -175,7 +175,7 @@ def _read_file(task: GlueTask, path: Path, on_bad_rows: str) -> tuple[pd.DataFra
         allowed = str(low) if low == len(columns) else f"{low} to {len(columns)}"
         raise DataError(
             f"{path}:{bad[0]}: {got} cell(s) where there must be {allowed} ({len(bad)} such line(s) in the file). "
-            "Mend the file, or leave these lines out with on_bad_rows='skip'."
+            "Mend the file, or leave these lines out with on_bad_rows='skip' (--skip-bad-rows)."
         )
     if not rows:
         raise DataError(f"{path}: holds no rows.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -74,9 +75,16 @@ class TrainData:
 
 
 def glue_data(
-    task: str, source: str | Path, *, files: Mapping[str, str] | None = None, offline: bool = False
+    task: str,
+    source: str | Path,
+    *,
+    files: Mapping[str, str] | None = None,
+    on_bad_rows: Literal["error", "skip"] = "error",
+    offline: bool = False,
 ) -> TrainData:
     """One of GLUE's tasks, from a folder of its files or from the hub; see :func:`spafit.data.glue.read_glue`.
+
+    How many malformed lines ``on_bad_rows="skip"`` left out is said in ``source``.
 
     Raises:
         DataError: the files are missing or malformed.
@@ -85,9 +93,11 @@ def glue_data(
     if task not in GLUE_TASKS:
         raise UsageError(f"GLUE has no task {task!r}. Tasks: {', '.join(GLUE_TASKS)}.{did_you_mean(task, GLUE_TASKS)}")
     known = GLUE_TASKS[task]
-    frames = read_glue(task, source, files=files, offline=offline)
+    frames = read_glue(task, source, files=files, on_bad_rows=on_bad_rows, offline=offline)
     labels = None if known.regression else known.labels
-    return TrainData(task, frames, labels, known.metrics, source=f"GLUE {task}")
+    skipped = [f"{f.attrs['bad_rows']} of {split}" for split, f in frames.items() if f.attrs["bad_rows"]]
+    left_out = f" (malformed lines left out: {', '.join(skipped)})" if skipped else ""
+    return TrainData(task, frames, labels, known.metrics, source=f"GLUE {task}{left_out}")
 
 
 def table_data(
