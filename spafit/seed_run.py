@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from spafit.retain import PricedRemedy
 
 #: Raised by one whenever the same inputs would give other numbers, so that older finished seeds are trained again.
-NUMBERS_VERSION = 2
+NUMBERS_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -274,12 +275,14 @@ def _run(
         arguments = training_arguments(settings, folder, seed=seed, device=device, select=len(select) > 0)
         stratified.model.to(device)
         mixed = torch.autocast(device.partition(":")[0], dtype=torch.bfloat16) if arguments.bf16 else nullcontext()
+        begun = time.perf_counter()
         with mixed:
             cache, said = _prefix_cache(job, stratified, train, tokenizer, settings, folder)
         if said:
             notes.append(said)
         for remedy in job.remedies:
             remedy.prepare(stratified, tokenizer, max_length=settings.max_length, device=device)
+        monitor.add_setup(time.perf_counter() - begun)
         if settings.checkpoint_activations:
             from spafit.activations import checkpoint_trained_blocks
 
@@ -301,6 +304,8 @@ def _run(
             if cache is not None:
                 cache.close()
     stratified.check()
+    if arguments.bf16:  # what is reported is what the saved model gives when it is loaded: float32
+        trainer.accelerator.unwrap_model(stratified.model, keep_fp32_wrapper=False)
     logits: dict[str, np.ndarray] = {}
     scores: dict[str, dict[str, float]] = {}
     for split in data.scored_splits:

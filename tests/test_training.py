@@ -9,7 +9,9 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +21,21 @@ import pandas as pd
 import pytest
 import torch
 
-from spafit import io
+from spafit import checkpoint, io
 from spafit.adapt import apply_strata, canonical_name
 from spafit.batches import Collator, EpochOrder, encode
 from spafit.data.training import TrainData
 from spafit.errors import DataError, NumericalError, OutputError, SpafitError, UsageError
 from spafit.fit_result import METRIC_COLUMNS, RUN_COLUMNS, FitResult
 from spafit.heads import load_with_head
+from spafit.predictions import predict_logits
 from spafit.runtime import torch_seed
 from spafit.settings import TrainSettings
 from spafit.strata import Outside, StrataConfig, Stratum
 from spafit.stratum import LoraOptions
 from spafit.trainer import StratifiedTrainer, last_checkpoint, training_arguments
 from spafit.training import fit
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_tokenizer
 from tests.training_fixtures import PLAN, QUICK, BrokenOff, breaking_off, frame, is_key_bias, same, task, weights
 
 
@@ -494,6 +497,63 @@ def test_bfloat16_trains_close_to_float32_with_and_without_the_cache(bert: Path,
     assert 0 < float((heads["plain"] - heads["float32"]).abs().max()) < 0.02
     assert heads["plain"].dtype == torch.float32
     assert float((heads["cached"] - heads["plain"]).abs().max()) < 1e-4
+    # What is reported is what the saved model gives when it is loaded, in float32.
+    stratified, tokenizer = checkpoint.load(tmp_path / "plain" / "seed-0" / "model"), tiny_tokenizer()
+    items = encode(task().frames["validation"], tokenizer, max_length=16, regression=False)
+    shares = np.exp(predict_logits(stratified.model, items, tokenizer))
+    told = io.read_table(tmp_path / "plain" / "seed-0" / "predictions-validation")["p(dog)"]
+    np.testing.assert_allclose(shares[:, 1] / shares.sum(1), told, atol=2e-6)
+
+
+def test_every_item_of_a_step_weighs_the_same_however_it_is_cut_into_micro_batches(bert: Path, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    outside = Outside(embeddings="full", pooler="full")
+    everything = StrataConfig("tiny", {"encoder": 3}, (Stratum("encoder", (0, 3), "full"),), outside=outside)
+
+    def gradients(batch_size: int, accumulate: int, weighted: bool) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+
+        class Look(TrainerCallback):
+            def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+                found.update({n: p.grad.clone() for n, p in given["model"].named_parameters() if p.grad is not None})
+
+        trainer = make_trainer(bert, tmp_path, everything, batch_size=batch_size, accumulate=accumulate, epochs=1)
+        for module in trainer.stratified.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if weighted:
+            trainer.class_weights = torch.tensor([0.5, 3.0])
+        trainer.add_callback(Look())
+        trainer.train()
+        return found
+
+    for weighted in (False, True):
+        whole = gradients(24, 1, weighted)
+        for cut in ((12, 2), (16, 2), (10, 3)):  # 12 + 12, 16 + 8, 10 + 10 + 4
+            got = gradients(*cut, weighted)
+            off = sum(float((got[n] - whole[n]).square().sum()) for n in whole) ** 0.5
+            assert off < 1e-5 * sum(float(g.square().sum()) for g in whole.values()) ** 0.5
+
+
+def test_the_seconds_end_where_training_ends_and_begin_with_its_set_up(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spafit import seed_run
+
+    clock, ahead = time.perf_counter, [0.0]
+
+    def taking(seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            ahead[0] += seconds
+            return function(*arguments, **options)
+
+        return run
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + ahead[0])
+    monkeypatch.setattr(seed_run, "_prefix_cache", taking(1000.0, seed_run._prefix_cache))
+    monkeypatch.setattr(seed_run, "predict_logits", taking(100_000.0, seed_run.predict_logits))
+    assert 1000 < float(train(bert, tmp_path, epochs=1, prefix_cache="on").runs["seconds"].iloc[0]) < 2000
 
 
 def test_worker_processes_make_no_difference(bert: Path, tmp_path: Path) -> None:
@@ -547,7 +607,11 @@ def test_items_come_in_an_order_of_seed_and_epoch_with_similar_lengths_together(
     assert spread < 0.2 * np.mean([np.ptp(lengths[i : i + 8]) for i in range(0, 1000, 8)])
     firsts = lengths[first[0:1000:8]]
     assert abs(np.corrcoef(firsts, np.arange(len(firsts)))[0, 1]) < 0.3  # short and long batches come mixed
-    assert list(EpochOrder(lengths[:3], batch_size=8, seed=0, grouped=True)) != []
+    assert sorted(EpochOrder(lengths[:3], batch_size=8, seed=0, grouped=True)) == [0, 1, 2]
+    left_over = []
+    for order.epoch in range(60):
+        left_over += list(order)[1000:]
+    assert abs(lengths[left_over].mean() - lengths.mean()) < 0.25 * lengths.std()  # not the longest of all
 
 
 # ---------------------------------------------------------------- tasks
