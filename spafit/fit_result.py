@@ -19,6 +19,7 @@ RUN_COLUMNS = (
     "task", "method", "seed", "split", "metric", "value", "learning_rate", "epochs", "train_items", "trainable",
     "total", "steps", "seconds", "peak_memory_bytes", "saved_bytes",
 )  # fmt: skip
+INTERPOLATION_COLUMNS = ("seed", "share", "split", "metric", "value")
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,16 @@ class FitResult:
         metrics: learning curves; columns :data:`METRIC_COLUMNS`. ``split`` is ``train`` (running loss), ``select``
             (held-out share of the training items) or a reported split.
         runs: one row per seed, reported split and metric; columns :data:`RUN_COLUMNS`.
+        interpolation: scores between start (share 0) and trained weights (share 1), where asked for; columns
+            :data:`INTERPOLATION_COLUMNS`. ``select`` is the held-out share of the training items: choose a share by
+            that one, since the reported splits would otherwise be selected on.
     """
 
     folder: Path
     run: dict[str, Any]
     metrics: pd.DataFrame
     runs: pd.DataFrame
+    interpolation: pd.DataFrame | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> FitResult:
@@ -49,13 +54,16 @@ class FitResult:
         if not (folder / "runs.parquet").is_file():
             raise DataError(f"{folder} holds no finished training (no runs.parquet). Run spafit train with this --out.")
         run = io.read_json(folder / "run.json")
-        return cls(folder, run, io.read_table(folder / "metrics"), io.read_table(folder / "runs"))
+        swept = io.read_table(folder / "interpolation") if (folder / "interpolation.parquet").is_file() else None
+        return cls(folder, run, io.read_table(folder / "metrics"), io.read_table(folder / "runs"), swept)
 
     def save(self, folder: str | Path) -> Path:
         """Write the tables and ``run.json`` (not the models) into ``folder``."""
         folder = Path(folder)
         io.write_table(folder / "metrics", self.metrics)
         io.write_table(folder / "runs", self.runs)
+        if self.interpolation is not None:
+            io.write_table(folder / "interpolation", self.interpolation)
         io.write_json(folder / "run.json", self.run)
         return folder
 
@@ -93,6 +101,27 @@ class FitResult:
                 f"| {row['task']} | {row['method']} | {row['split']} | {row['metric']} | {score} | {trained} | "
                 f"{first['seconds'].mean():.0f} | {first['peak_memory_bytes'].max() / 1e9:.2f} GB |"
             )
+        return "\n".join(lines)
+
+    def interpolation_to_markdown(self) -> str:
+        """Headline by share of the way from start to trained, mean ± sd over seeds; a column per split.
+
+        Raises:
+            DataError: nothing was interpolated.
+        """
+        if self.interpolation is None:
+            raise DataError("This run scored no interpolations. Train with the setting interpolate.")
+        rows = self.interpolation[self.interpolation["metric"] == "headline"]
+        table = rows.groupby(["share", "split"], sort=False)["value"].agg(["mean", "std"])
+        splits = list(rows["split"].unique())
+        lines = [
+            "| share of the training | " + " | ".join("held out" if s == "select" else str(s) for s in splits) + " |",
+            "|---" * (1 + len(splits)) + "|",
+        ]
+        for share in rows["share"].unique():
+            cells = [table.loc[(share, s)] for s in splits]
+            shown = [f"{c['mean']:.3f}" + (f" ± {c['std']:.3f}" if len(self.seeds) > 1 else "") for c in cells]
+            lines.append(f"| {share:g} | " + " | ".join(shown) + " |")
         return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None) -> Axes:

@@ -19,6 +19,8 @@ from spafit.fit_result import METRIC_COLUMNS
 from spafit.runtime import Progress
 
 STATE_FILE = "trainer_state.json"
+#: What the best checkpoint is chosen by; see :mod:`spafit.seed_run`. Not a metric of the tables.
+SELECTION = "selection"
 
 
 class StepMonitor(TrainerCallback, ExportableState):
@@ -99,7 +101,7 @@ class StepMonitor(TrainerCallback, ExportableState):
                 continue
             for key, value in sorted(entry.items()):  # checkpoints sort them, too
                 split, metric = ("select", key.removeprefix("eval_")) if key.startswith("eval_") else ("train", key)
-                if metric in ("step", "epoch", "runtime") or metric.endswith("_per_second"):
+                if metric in ("step", "epoch", "runtime", SELECTION) or metric.endswith("_per_second"):
                     continue
                 rows.append(
                     {

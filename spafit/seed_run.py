@@ -19,7 +19,7 @@ from spafit import io
 from spafit.data.sampling import hold_out
 from spafit.data.training import TrainData
 from spafit.errors import OutputError
-from spafit.fit_result import RUN_COLUMNS
+from spafit.fit_result import INTERPOLATION_COLUMNS, RUN_COLUMNS
 from spafit.predictions import predict_logits, predicted, write_scores
 from spafit.processes import Processes
 from spafit.runtime import Progress, provenance, stderr_console
@@ -169,6 +169,9 @@ def _finished(folder: Path, *, kept: bool) -> dict[str, Any]:
         "run": io.read_json(folder / "run.json"),
         "rows": io.read_table(folder / "runs"),
         "metrics": io.read_table(folder / "metrics"),
+        "interpolation": io.read_table(folder / "interpolation")
+        if (folder / "interpolation.parquet").is_file()
+        else None,
         "kept": kept,
     }
 
@@ -224,6 +227,8 @@ def _write(
     ]
     io.write_table(folder / "runs", pd.DataFrame(rows)[list(RUN_COLUMNS)])
     io.write_table(folder / "metrics", done["metrics"])
+    if len(done["interpolation"]):
+        io.write_table(folder / "interpolation", done["interpolation"])
     more = {"prefix_cache": done["prefix_cache"], "remedy_price": done["price"], "best_step": done["best_step"]}
     io.write_json(folder / "run.json", {**run, "status": "complete", **more})
     _remove_state(folder)
@@ -244,13 +249,18 @@ def _run(
 
     from spafit.batches import encode
     from spafit.data.sampling import class_weights
-    from spafit.metrics import compute_metrics, headline
-    from spafit.monitor import StepMonitor
-    from spafit.retain import prices
+    from spafit.metrics import compute_metrics, headline, mean_loss
+    from spafit.monitor import SELECTION, StepMonitor
+    from spafit.retain import interpolate, prices, snapshot
+    from spafit.retain.interpolation import check_line
     from spafit.runtime import seed_sequence, torch_seed
     from spafit.trainer import StratifiedTrainer, is_finished, last_checkpoint, training_arguments
 
     data, device = job.data, job.processes.device
+    if settings.interpolate:
+        check_line(stratified)
+    # A wrapped model keeps its start itself.
+    start = snapshot(stratified) if settings.interpolate and not stratified.is_adapter else None
     kept, held = hold_out(data.frames["train"], settings.select_share, seed=seed, most=settings.max_train)
     positions = getattr(stratified.model.config, "max_position_embeddings", None) or settings.max_length
 
@@ -263,6 +273,11 @@ def _run(
     def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         found = compute_metrics(data.metrics, predicted(logits, regression=data.regression), labels)
         return {**found, "headline": headline(found, data.metrics)}
+
+    def selection(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """The scores, and what the checkpoint is chosen by: the headline, and among equal ones the loss."""
+        found = score(logits, labels)
+        return {**found, SELECTION: found["headline"] - 1e-6 * mean_loss(logits, labels, regression=data.regression)}
 
     train, select = encoded_of(kept, "training"), encoded_of(held, "held-out")
     weights = None
@@ -288,7 +303,7 @@ def _run(
 
             checkpoint_trained_blocks(stratified)
         trainer = StratifiedTrainer(
-            stratified, settings, arguments, train=train, select=select, tokenizer=tokenizer, metrics=score,
+            stratified, settings, arguments, train=train, select=select, tokenizer=tokenizer, metrics=selection,
             cache=cache, remedies=job.remedies, weights=weights, base=base, callbacks=[monitor],
         )  # fmt: skip
         # Each process draws dropout of its own; the Trainer has just seeded them all alike.
@@ -307,16 +322,30 @@ def _run(
     if arguments.bf16:  # what is reported is what the saved model gives when it is loaded: float32
         trainer.accelerator.unwrap_model(stratified.model, keep_fp32_wrapper=False)
     logits: dict[str, np.ndarray] = {}
-    scores: dict[str, dict[str, float]] = {}
-    for split in data.scored_splits:
-        encoded = encoded_of(data.frames[split], split)
-        assert encoded.labels is not None
-        logits[split] = predict_logits(stratified.model, encoded, tokenizer, batch_size=4 * settings.batch_size)
-        scores[split] = score(logits[split], encoded.labels)
     state = trainer.state
+    best = state.best_global_step or state.global_step
+    if len(select):
+        notes.append(f"seed {seed}: step {best} of {state.global_step} kept, chosen on {len(select)} held-out items")
+    if state.global_step < state.max_steps:
+        notes.append(f"seed {seed}: stopped early, at step {state.global_step} of {state.max_steps}")
+    scored = {split: encoded_of(data.frames[split], split) for split in data.scored_splits}
+
+    def scores_of(split: str, items: EncodedTexts) -> dict[str, float]:
+        assert items.labels is not None
+        logits[split] = predict_logits(stratified.model, items, tokenizer, batch_size=4 * settings.batch_size)
+        return score(logits[split], items.labels)
+
+    swept = []
+    for share in settings.interpolate:
+        with interpolate(stratified, share, start=start, head="trained"):
+            for split, items in {"select": select, **scored}.items():
+                if len(items):
+                    swept += [(seed, share, split, m, v) for m, v in scores_of(split, items).items()]
+    logits.clear()
+    scores = {split: scores_of(split, items) for split, items in scored.items()}
     final = pd.DataFrame(
         [
-            {"seed": seed, "step": state.best_global_step or state.global_step, "epoch": float(state.epoch or 0),
+            {"seed": seed, "step": best, "epoch": float(state.epoch or 0),
              "split": split, "metric": metric, "value": value}
             for split, found in scores.items() for metric, value in found.items()
         ],
@@ -325,12 +354,13 @@ def _run(
         "train_items": len(train),
         "window": train.window,
         "steps": state.global_step,
-        "best_step": state.best_global_step or state.global_step,
+        "best_step": best,
         "seconds": monitor.seconds,
         "peak_memory_bytes": monitor.peak_bytes,
         "logits": logits,
         "scores": scores,
         "metrics": pd.concat([monitor.table(state.log_history, seed=seed), final], ignore_index=True),
+        "interpolation": pd.DataFrame(swept, columns=list(INTERPOLATION_COLUMNS)),
         "prefix_cache": None if cache is None else {"bytes": cache.bytes},
         "price": prices(job.remedies).to_dict("records") if job.remedies else [],
     }

@@ -16,7 +16,7 @@ from spafit import checkpoint, io
 from spafit.adapt import StratifiedModel, canonical_name, canonical_parameters
 from spafit.batches import Collator, EncodedTexts, EpochOrder
 from spafit.errors import ModelError, NumericalError, OutputError, UsageError
-from spafit.monitor import STATE_FILE, exhausted
+from spafit.monitor import SELECTION, STATE_FILE, exhausted
 from spafit.prefix import PrefixCache
 from spafit.resolve import whole_modules
 from spafit.retain import PricedRemedy
@@ -357,7 +357,7 @@ def training_arguments(
         save_steps=settings.save_steps or 500,
         save_total_limit=2,
         load_best_model_at_end=select,
-        metric_for_best_model="headline" if select else None,
+        metric_for_best_model=SELECTION if select else None,
         greater_is_better=True if select else None,
         logging_strategy="steps",
         logging_steps=settings.log_steps,

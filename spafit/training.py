@@ -11,7 +11,7 @@ import pandas as pd
 from spafit import io
 from spafit.data.training import TrainData
 from spafit.errors import DataError, OutputError, UsageError, did_you_mean
-from spafit.fit_result import METRIC_COLUMNS, RUN_COLUMNS, FitResult
+from spafit.fit_result import INTERPOLATION_COLUMNS, METRIC_COLUMNS, RUN_COLUMNS, FitResult
 from spafit.metrics import METRICS
 from spafit.processes import joined
 from spafit.runtime import provenance
@@ -145,6 +145,7 @@ def _is_written(folder: Path, done: Sequence[dict[str, Any]]) -> bool:
 
 def _result(job: Job, done: Sequence[dict[str, Any]]) -> FitResult:
     first = done[0]["run"]
+    swept = [d["interpolation"] for d in done if d["interpolation"] is not None]
     return FitResult(
         job.folder,
         {
@@ -165,11 +166,12 @@ def _result(job: Job, done: Sequence[dict[str, Any]]) -> FitResult:
                 "source": job.data.source,
                 "items": {s: len(f) for s, f in job.data.frames.items()},
             },
-            "notes": first["notes"],
+            "notes": list(dict.fromkeys(note for d in done for note in d["run"]["notes"])),
             **provenance(),
         },
         pd.concat([d["metrics"] for d in done], ignore_index=True)[list(METRIC_COLUMNS)],
         pd.concat([d["rows"] for d in done], ignore_index=True)[list(RUN_COLUMNS)],
+        None if not swept else pd.concat(swept, ignore_index=True)[list(INTERPOLATION_COLUMNS)],
     )
 
 

@@ -22,10 +22,10 @@ import pytest
 import torch
 
 from spafit import checkpoint, io
-from spafit.adapt import apply_strata, canonical_name
+from spafit.adapt import apply_strata, canonical_name, canonical_parameters
 from spafit.batches import Collator, EpochOrder, encode
 from spafit.data.training import TrainData
-from spafit.errors import DataError, NumericalError, OutputError, SpafitError, UsageError
+from spafit.errors import DataError, ModelError, NumericalError, OutputError, SpafitError, UsageError
 from spafit.fit_result import METRIC_COLUMNS, RUN_COLUMNS, FitResult
 from spafit.heads import load_with_head
 from spafit.predictions import predict_logits
@@ -612,6 +612,64 @@ def test_items_come_in_an_order_of_seed_and_epoch_with_similar_lengths_together(
     for order.epoch in range(60):
         left_over += list(order)[1000:]
     assert abs(lengths[left_over].mean() - lengths.mean()) < 0.25 * lengths.std()  # not the longest of all
+
+
+@pytest.mark.parametrize("plan", [PLAN, "full"])
+def test_interpolation_is_swept_after_training_and_leaves_the_model_as_trained(
+    bert: Path, tmp_path: Path, plan: Any
+) -> None:
+    options: dict[str, Any] = {"select_share": 0.25, "epochs": 4, "learning_rate": 3e-3, "data": task(48)}
+    plain = train(bert, tmp_path / "plain", plan, **options)
+    swept = train(bert, tmp_path / "swept", plan, interpolate=(0.0, 0.5, 1.0), seeds=(0, 1), **options)
+    assert plain.interpolation is None
+    assert same(plain.model_folder(), swept.model_folder())
+    table = swept.interpolation
+    assert table is not None
+    assert set(table["split"]) == {"select", "validation"}
+    assert set(table["seed"]) == {0, 1}
+    scores = table.set_index(["seed", "share", "split", "metric"])["value"]
+    told = swept.runs[swept.runs["seed"] == 1].set_index("metric")["value"]
+    assert scores[1, 1.0, "validation", "accuracy"] == told["accuracy"]
+    assert scores[1, 1.0, "validation", "macro_f1"] == told["macro_f1"]
+    assert FitResult.load(tmp_path / "swept").interpolation.equals(table)
+    assert swept.interpolation_to_markdown().splitlines()[0] == "| share of the training | held out | validation |"
+    # The start with the trained head: what plain transformers gives with the base's weights below it.
+    headed, model = load_with_head(str(bert), labels=("cat", "dog"), seed=1), checkpoint.load(swept.model_folder(1))
+    own, trained = (
+        canonical_parameters(headed.model),
+        canonical_parameters(model.merge() if plan == PLAN else model.model),
+    )
+    with torch.no_grad():
+        for name in own:
+            if name.startswith("classifier."):
+                own[name].copy_(trained[name])
+    items = encode(task(48).frames["validation"], tiny_tokenizer(), max_length=16, regression=False)
+    assert items.labels is not None
+    right = (predict_logits(headed.model, items, tiny_tokenizer()).argmax(1) == items.labels).mean()
+    assert scores[1, 0.0, "validation", "accuracy"] == right
+
+
+def test_interpolation_of_a_plan_without_lines_is_refused_before_training(bert: Path, tmp_path: Path) -> None:
+    config = replace(PLAN, strata=(Stratum("encoder", (0, 3), "dora", lora=LoraOptions(rank=2)),))
+    with pytest.raises(ModelError, match="straight line"):
+        train(bert, tmp_path, config, interpolate=(0.5,))
+    assert not list(tmp_path.glob("seed-0/checkpoint-*"))
+    with pytest.raises(UsageError, match="shares between 0"):
+        replace(QUICK, interpolate=(1.5,))
+
+
+def test_among_equal_scores_the_checkpoint_with_the_lower_loss_is_kept(bert: Path, tmp_path: Path) -> None:
+    result = train(
+        bert, tmp_path, "full", data=task(64), select_share=0.25, epochs=12, learning_rate=1e-3, save_steps=6
+    )
+    curves = result.metrics[result.metrics["split"] == "select"].pivot_table(
+        index="step", columns="metric", values="value"
+    )
+    best = curves[curves["headline"] == curves["headline"].max()]
+    assert len(best) > 1, "no tie"
+    assert io.read_json(tmp_path / "seed-0" / "run.json")["best_step"] == best["loss"].idxmin()
+    assert "selection" not in set(result.metrics["metric"])
+    assert any("kept, chosen on 16 held-out items" in note for note in result.run["notes"])
 
 
 # ---------------------------------------------------------------- tasks

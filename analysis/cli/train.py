@@ -150,6 +150,10 @@ def train(
     save_steps: Annotated[
         int | None, _option(_LOOP, "--save-steps", help="A checkpoint every so many steps. Default: each epoch.")
     ] = None,
+    interpolate: Annotated[
+        str | None,
+        _option(_PLAN, "--interpolate", help="Shares of the way from start to trained that are scored: 0,0.5,1."),
+    ] = None,
     workers: Annotated[int, _option(_LOOP, "--workers", help="Processes that prepare batches.")] = 0,
     track: Annotated[
         list[str] | None, _option(_LOOP, "--track", help="tensorboard, trackio, wandb or mlflow; repeat for several.")
@@ -191,7 +195,8 @@ def train(
         max_length=max_length, max_train=max_train, select_share=select_share, patience=patience,
         class_weights=class_weights, precision=_choice("--precision", precision, "precision"),
         prefix_cache=_choice("--prefix-cache", prefix_cache, "prefix_cache"), prefix_dropout=prefix_dropout,
-        checkpoint_activations=checkpoint_activations, save_steps=save_steps, workers=workers, track=tuple(track or ()),
+        checkpoint_activations=checkpoint_activations, save_steps=save_steps, workers=workers,
+        interpolate=_shares(interpolate), track=tuple(track or ()),
     )  # fmt: skip
     plan = load_plan(strata)
     if task is not None and train_file is not None:
@@ -231,6 +236,8 @@ def train(
         typer.echo(json.dumps(io.plain({"run": result.run, "runs": result.runs.to_dict("records")}), indent=1))
         return
     typer.echo(f"\n{result.to_markdown()}\n")
+    if result.interpolation is not None:
+        typer.echo(f"{result.interpolation_to_markdown()}\n")
     for note in result.run["notes"]:
         typer.echo(f"Note:    {note}")
     typer.echo(
@@ -313,6 +320,15 @@ def _number_of_labels(task: str | None, regression: bool) -> int:
         raise UsageError(f"GLUE has no task {task!r}.{did_you_mean(task, GLUE_TASKS)}")
     known = GLUE_TASKS[task]
     return 1 if known.regression else len(known.labels or ())
+
+
+def _shares(given: str | None) -> tuple[float, ...]:
+    from spafit.errors import UsageError
+
+    try:
+        return tuple(float(share) for share in given.split(",")) if given else ()
+    except ValueError:
+        raise UsageError(f"--interpolate {given!r} must be numbers from 0 to 1 with commas, such as 0,0.5,1.") from None
 
 
 def _choice(option: str, value: str, name: str) -> Any:
