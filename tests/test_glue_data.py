@@ -13,7 +13,7 @@ from spafit.data.glue import read_glue
 from spafit.data.glue_predictions import write_predictions
 from spafit.data.glue_tasks import GLUE_TASKS, glue_task
 from spafit.data.sampling import class_weights, stratified_subset
-from spafit.data.training import glue_data
+from spafit.data.training import TrainData, glue_data
 from spafit.errors import DataError, HubError, NumericalError, UsageError
 from spafit.metrics import METRICS
 from spafit.runtime import generator
@@ -419,6 +419,39 @@ def test_a_subset_that_cannot_be_drawn_says_so():
     for n in (0, 4):
         with pytest.raises(UsageError, match=f"subset of {n} rows cannot be drawn from 3"):
             stratified_subset(frame, n, 0)
+
+
+def with_classes(*labels, name="task"):
+    frame = labelled([0, 1]).assign(label=[0.5, 1.5] if not labels else [0, 1])
+    return TrainData(name, {"validation": frame}, labels or None, ("accuracy",))
+
+
+def test_outputs_are_matched_with_a_task_s_classes_by_name():
+    mnli = with_classes("entailment", "neutral", "contradiction")
+    assert mnli.output_order(("contradiction", "entailment", "neutral")) == [1, 2, 0]
+    assert mnli.output_order(mnli.labels) == [0, 1, 2]
+    assert mnli.output_order(("CONTRADICTION", "NEUTRAL", "ENTAILMENT")) == [2, 1, 0]
+    assert mnli.output_order(("LABEL_0", "LABEL_1", "LABEL_2")) == [0, 1, 2]
+    assert with_classes("not_duplicate", "duplicate").output_order(("duplicate", "not duplicate")) == [1, 0]
+    # Names that differ by their case alone are different classes.
+    assert with_classes("us", "US").output_order(("US", "us")) == [1, 0]
+    assert with_classes().output_order(None) == [0]
+
+
+@pytest.mark.parametrize(
+    ("task", "model"),
+    [
+        (("entailment", "not_entailment"), ("cat", "dog")),
+        (("entailment", "not_entailment"), ("entailment", "neutral", "not_entailment")),
+        (("entailment", "not_entailment"), ("LABEL_0", "LABEL_1", "LABEL_2")),
+        (("us", "US"), ("us", "uk")),
+        (("entailment", "not_entailment"), None),
+        ((), ("cat", "dog")),
+    ],
+)
+def test_a_model_of_other_classes_is_refused(task, model):
+    with pytest.raises(DataError, match=r"rte needs a model that predicts .* and this one predicts .* Use data"):
+        with_classes(*task, name="rte").output_order(model)
 
 
 def test_class_weights_make_every_class_weigh_the_same():
