@@ -12,7 +12,7 @@ import pytest
 from spafit.data.glue import read_glue
 from spafit.data.glue_predictions import write_predictions
 from spafit.data.glue_tasks import GLUE_TASKS, glue_task
-from spafit.data.sampling import class_weights, stratified_subset
+from spafit.data.sampling import class_weights, hold_out, stratified_subset
 from spafit.data.training import TrainData, glue_data
 from spafit.errors import DataError, HubError, NumericalError, UsageError
 from spafit.metrics import METRICS
@@ -401,6 +401,19 @@ def test_a_subset_has_exactly_n_rows_and_each_class_its_share():
     pd.testing.assert_frame_equal(stratified_subset(frame, 101, 3), stratified_subset(frame, 101, 3))
     assert stratified_subset(frame, 101, 3).index.tolist() != stratified_subset(frame, 101, 4).index.tolist()
     pd.testing.assert_frame_equal(stratified_subset(frame, 1000, 3), frame)
+
+
+@pytest.mark.parametrize("most", [None, 20])
+def test_every_item_is_kept_or_held_out_even_if_the_index_repeats(most):
+    plain = labelled([0] * 20 + [1] * 20)
+    doubled = plain.set_axis([*range(20), *range(20)])  # as after joining two tables
+    kept, held = hold_out(doubled, 0.1, seed=0, most=most)
+    size = most or 40
+    assert (len(kept), len(held)) == (size - size // 10, size // 10)
+    assert len({*kept["idx"], *held["idx"]}) == size
+    for ours, theirs in zip((kept, held), hold_out(plain, 0.1, seed=0, most=most), strict=True):
+        pd.testing.assert_frame_equal(ours.reset_index(drop=True), theirs.reset_index(drop=True))
+    assert held["label"].mean() == 0.5
 
 
 def test_a_regression_subset_keeps_the_distribution_closer_than_chance():
