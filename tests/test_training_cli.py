@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,6 +156,29 @@ def test_a_dry_run_prints_the_plan_within_two_seconds_even_without_weights(tmp_p
     assert "expected step" in shown
     assert "1 label\n" in invoke("train", "--model", folder, "--dry-run", "--regression").stdout
     assert "3 labels" in invoke("train", "--model", folder, "--dry-run", "--task", "mnli").stdout
+
+
+def test_a_dry_run_counts_the_classes_of_a_table(
+    bert: Path, tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "t.tsv").write_text("said\tkind\n" + "".join(f"a {k}\t{k}\n" for k in ("cat", "cow", "dog", "cat")))
+    dry = ["train", "--model", bert, "--dry-run", "--train"]
+    columns = ["--text", "said", "--label", "kind"]
+    shown = invoke(*dry, tmp_path / "t.tsv", *columns).stdout
+    assert shown.startswith("bert, 3 labels\n")
+    # 16 wide: a weight and a bias more than with two classes.
+    both = [invoke(*dry, p, *c, "--strata", "head").stdout for p, c in
+            ((tmp_path / "t.tsv", columns), (tables / "train.tsv", []))]  # fmt: skip
+    three, two = (int(re.search(r"\nall +[\d,]+ +(\d+) ", s)[1]) for s in both)  # type: ignore[index]
+    assert three - two == 17
+    pairs = [*dry, tables / "train-pairs.csv", "--text2", "text2", "--regression"]
+    assert "1 label\n" in invoke(*pairs).stdout
+    for arguments, expected in (
+        ([*dry, tmp_path / "t.tsv"], "no column 'text'"),
+        ([*dry, tables / "train.tsv", "--task", "rte"], "name the data twice"),
+        ([*dry[:-1], "--task", "rtee"], "Did you mean 'rte'"),
+    ):
+        assert expected in sentence(*arguments, capsys=capsys, monkeypatch=monkeypatch)
 
 
 def test_presets_are_listed_one_a_line() -> None:
