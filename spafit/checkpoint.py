@@ -159,6 +159,7 @@ def load(
             offline=offline,
             allow_pickle=allow_pickle,
             dtype=dtype,  # type: ignore[arg-type]
+            restoring=True,
         ).model
     stratified = apply_strata(base, config)
     if dict(stratified.trainable) != content["trainable"]:

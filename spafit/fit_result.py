@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,12 +78,19 @@ class FitResult:
         return self.folder / f"seed-{self.seeds[0] if seed is None else seed}" / "model"
 
     def to_pandas(self) -> pd.DataFrame:
-        """Mean and standard deviation over seeds: task, method, split, metric, mean, sd (NaN for one seed), seeds."""
+        """Scores over seeds: task, method, split, metric, mean, sd (NaN for one value), seeds, defined.
+
+        Mean and standard deviation are over the ``defined`` values among those of ``seeds`` runs; a constant
+        prediction's correlation, for instance, is undefined.
+        """
         grouped = self.runs.groupby(["task", "method", "split", "metric"], sort=False)["value"]
-        return grouped.agg(mean="mean", sd="std", seeds="size").reset_index()
+        return grouped.agg(mean="mean", sd="std", seeds="size", defined="count").reset_index()
 
     def to_markdown(self) -> str:
-        """The table of a paper: one row per split and metric, mean ± sd over seeds, with parameters and cost."""
+        """The table of a paper: one row per split and metric, mean ± sd over seeds, with parameters and cost.
+
+        Where some seeds' values are undefined, the score is of the others and says how many they are.
+        """
         first = self.runs.drop_duplicates("seed")
         lines = [
             "| task | method | split | metric | score | trained | seconds | peak memory |",
@@ -95,10 +103,8 @@ class FitResult:
         if table["metric"].nunique() == 2:  # one metric and the headline that repeats it
             table = table[table["metric"] != "headline"]
         for row in table.to_dict("records"):
-            spread = f" ± {row['sd']:.3f}" if row["seeds"] > 1 else ""
-            score = f"{row['mean']:.3f}{spread} (n = {row['seeds']})"
             lines.append(
-                f"| {row['task']} | {row['method']} | {row['split']} | {row['metric']} | {score} | {trained} | "
+                f"| {row['task']} | {row['method']} | {row['split']} | {row['metric']} | {_score(row)} | {trained} | "
                 f"{first['seconds'].mean():.0f} | {first['peak_memory_bytes'].max() / 1e9:.2f} GB |"
             )
         return "\n".join(lines)
@@ -152,3 +158,11 @@ class FitResult:
 
     def _repr_html_(self) -> str:
         return str(self.to_pandas().round(4).to_html(index=False))
+
+
+def _score(row: Mapping[Hashable, Any]) -> str:
+    count = f"n = {row['seeds']}" if row["defined"] == row["seeds"] else f"{row['defined']} of {row['seeds']} defined"
+    if not row["defined"]:
+        return f"undefined ({count})"
+    spread = f" ± {row['sd']:.3f}" if row["defined"] > 1 else ""
+    return f"{row['mean']:.3f}{spread} ({count})"

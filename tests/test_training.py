@@ -844,6 +844,31 @@ def test_tables_and_figure_have_what_is_documented(bert: Path, tmp_path: Path) -
     assert not same(result.model_folder(0), result.model_folder(1))
 
 
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ((0.8, np.nan, 0.6), "0.700 ± 0.141 (2 of 3 defined)"),
+        ((0.8, np.nan), "0.800 (1 of 2 defined)"),
+        ((np.nan, np.nan), "undefined (0 of 2 defined)"),
+        ((np.nan,), "undefined (0 of 1 defined)"),
+        ((0.8, 0.6), "0.700 ± 0.141 (n = 2)"),
+        ((0.8,), "0.800 (n = 1)"),
+    ],
+)
+def test_undefined_scores_are_counted_out(values: tuple[float, ...], shown: str) -> None:
+    cost = {"trainable": 1, "total": 4, "seconds": 1.0, "peak_memory_bytes": 1.0}
+    runs = pd.DataFrame(
+        [
+            {"task": "t", "method": "m", "seed": seed, "split": "validation", "metric": "pearson", "value": v, **cost}
+            for seed, v in enumerate(values)
+        ]
+    )
+    result = FitResult(Path("nowhere"), {}, pd.DataFrame(), runs)
+    assert f"| pearson | {shown} |" in result.to_markdown()
+    summary = result.to_pandas().iloc[0]
+    assert (summary["seeds"], summary["defined"]) == (len(values), np.isfinite(values).sum())
+
+
 def test_equal_calls_give_equal_runs(bert: Path, tmp_path: Path) -> None:
     one, two = (train(bert, tmp_path / n, select_share=0.25, prefix_cache="on") for n in ("a", "b"))
     assert same(one.model_folder(), two.model_folder())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -157,6 +158,29 @@ def test_a_dry_run_prints_the_plan_within_two_seconds_even_without_weights(tmp_p
     assert "3 labels" in invoke("train", "--model", folder, "--dry-run", "--task", "mnli").stdout
 
 
+def test_a_dry_run_counts_the_classes_of_a_table(
+    bert: Path, tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "t.tsv").write_text("said\tkind\n" + "".join(f"a {k}\t{k}\n" for k in ("cat", "cow", "dog", "cat")))
+    dry = ["train", "--model", bert, "--dry-run", "--train"]
+    columns = ["--text", "said", "--label", "kind"]
+    shown = invoke(*dry, tmp_path / "t.tsv", *columns).stdout
+    assert shown.startswith("bert, 3 labels\n")
+    # 16 wide: a weight and a bias more than with two classes.
+    both = [invoke(*dry, p, *c, "--strata", "head").stdout for p, c in
+            ((tmp_path / "t.tsv", columns), (tables / "train.tsv", []))]  # fmt: skip
+    three, two = (int(re.search(r"\nall +[\d,]+ +(\d+) ", s)[1]) for s in both)  # type: ignore[index]
+    assert three - two == 17
+    pairs = [*dry, tables / "train-pairs.csv", "--text2", "text2", "--regression"]
+    assert "1 label\n" in invoke(*pairs).stdout
+    for arguments, expected in (
+        ([*dry, tmp_path / "t.tsv"], "no column 'text'"),
+        ([*dry, tables / "train.tsv", "--task", "rte"], "name the data twice"),
+        ([*dry[:-1], "--task", "rtee"], "Did you mean 'rte'"),
+    ):
+        assert expected in sentence(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+
+
 def test_presets_are_listed_one_a_line() -> None:
     shown = invoke("train", "--presets").stdout.splitlines()
     assert {"full", "bitfit", "spafit-scaled-II"} <= set(shown)
@@ -240,6 +264,46 @@ def test_evaluate_gives_what_training_reported(tables: Path, trained: Path, tmp_
     predictions = io.read_table(trained / "seed-1" / "predictions-validation")
     of_dogs = predictions[predictions["label"] == 1]
     assert alone["accuracy"] == pytest.approx((of_dogs["class"] == "dog").mean())
+
+
+def test_evaluate_on_a_task_matches_its_classes_by_name(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a table the classes are sorted, (equivalent, not_equivalent); the task's order is the reverse, and its F1 is
+    # of "equivalent".
+    table = frame(60, 1).assign(label=lambda t: t["label"].map({0: "equivalent", 1: "not_equivalent"}))
+    table["text2"] = "a cat"
+    table.to_csv(tmp_path / "pairs.csv", index=False)
+    out, glue = tmp_path / "out", tmp_path / "glue"
+    pairs = ["--train", tmp_path / "pairs.csv", "--text2", "text2"]
+    invoke("train", "--model", bert, *pairs, "--strata", "full", "--out", out, *QUICK)
+    (glue / "MRPC").mkdir(parents=True)
+    rows = [
+        f"{int(label == 'equivalent')}\t{i}\t{i}\t{text}\ta cat"
+        for i, (text, label) in enumerate(zip(table["text"], table["label"], strict=True))
+    ]
+    for name in ("train.tsv", "dev.tsv"):
+        text = "\n".join(["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", *rows[:45], ""])
+        (glue / "MRPC" / name).write_text(text)
+    model = out / "seed-0" / "model"
+    invoke("predict", model, tmp_path / "pairs.csv", "--text2", "text2", "--out", tmp_path / "said", "--quiet")
+    said = io.read_table(tmp_path / "said")["class"][:45]
+    truth = table["label"][:45]
+    right = float((said == truth).mean())
+    assert right != 0.5
+    hits = int(((said == "equivalent") & (truth == "equivalent")).sum())
+    f1 = 2 * hits / (int((said == "equivalent").sum()) + int((truth == "equivalent").sum()))
+    on_task = ["evaluate", model, "--task", "mrpc", "--data", glue]
+    found = json.loads(invoke(*on_task, "--json").stdout)["validation"]
+    assert found["accuracy"] == pytest.approx(right)
+    assert found["f1"] == pytest.approx(f1)
+    (glue / "RTE").mkdir()
+    for name in ("train.tsv", "dev.tsv"):
+        (glue / "RTE" / name).write_text("index\tsentence1\tsentence2\tlabel\n0\ta cat\ta dog\tentailment\n")
+    on_task[on_task.index("mrpc")] = "rte"
+    error = sentence(*on_task, capsys=capsys, monkeypatch=monkeypatch)
+    assert "rte needs a model that predicts the classes entailment, not_entailment" in error
+    assert "this one predicts the classes equivalent, not_equivalent" in error
 
 
 @pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "parquet"])

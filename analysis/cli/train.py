@@ -183,8 +183,12 @@ def train(
 
         typer.echo("\n".join(PRESETS))
         return
+    if task is not None and train_file is not None:
+        raise UsageError("--task and --train name the data twice; give one of them.")
     if dry_run:
-        labels = _number_of_labels(task, regression)
+        labels = _number_of_labels(
+            task, train_file, text=text, text2=text2, label=label, regression=regression, header=not no_header
+        )  # fmt: skip
         typer.echo(describe_without_weights(model, strata, labels=labels, revision=revision, offline=offline))
         return
     from spafit.settings import TrainSettings
@@ -199,8 +203,6 @@ def train(
         interpolate=_shares(interpolate), track=tuple(track or ()),
     )  # fmt: skip
     plan = load_plan(strata)
-    if task is not None and train_file is not None:
-        raise UsageError("--task and --train name the data twice; give one of them.")
     given = read_training_data(
         task, data, file, {"train": train_file, "validation": validation, "test": test}, text=text, text2=text2,
         label=label, regression=regression, header=not no_header, metrics=tuple(metric) if metric else None,
@@ -308,11 +310,17 @@ def describe_without_weights(
     return f"{name}, {labels} label{'s' * (labels != 1)}\n{apply_strata(empty, plan).describe()}"
 
 
-def _number_of_labels(task: str | None, regression: bool) -> int:
-    if regression:
-        return 1
+def _number_of_labels(
+    task: str | None, table: Path | None, *, text: str, text2: str | None, label: str, regression: bool, header: bool
+) -> int:
+    """Outputs of the head: of a GLUE task by its name, of a table by reading it, and 2 where no data are named."""
     if task is None:
-        return 2
+        if table is None:
+            return 1 if regression else 2
+        from spafit.data.training import table_data
+
+        data = table_data({"train": table}, text=text, text2=text2, label=label, regression=regression, header=header)
+        return 1 if data.labels is None else len(data.labels)
     from spafit.data.glue_tasks import GLUE_TASKS
     from spafit.errors import UsageError, did_you_mean
 

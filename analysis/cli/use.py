@@ -48,6 +48,9 @@ def evaluate(
 ) -> None:
     """Score a trained model on a table or a GLUE task's labelled splits.
 
+    The model's classes are matched with the task's by name, so their order makes no difference; other classes are
+    refused.
+
     Example: `spafit evaluate runs/train/default-rte-spafit-scaled-I/seed-0/model --task rte --data glue_data`
     """
     from spafit.batches import encode
@@ -60,12 +63,13 @@ def evaluate(
         header=not no_header, metrics=None, offline=offline, labels=_labels(base),
         skip_bad_rows=skip_bad_rows,
     )  # fmt: skip
+    order = given.output_order(None if base["regression"] else _labels(base) or _outputs(stratified.model))
     scores: dict[str, dict[str, float]] = {}
     for split in given.scored_splits:
         encoded = encode(
             given.frames[split], tokenizer, max_length=base.get("max_length", 512), regression=given.regression
         )
-        logits = predict_logits(stratified.model, encoded, tokenizer)
+        logits = predict_logits(stratified.model, encoded, tokenizer)[:, order]
         assert encoded.labels is not None
         found = compute_metrics(given.metrics, predicted(logits, regression=given.regression), encoded.labels)
         scores[split] = {**found, "headline": headline(found, given.metrics), "items": len(encoded)}
@@ -146,3 +150,8 @@ def _load(folder: Path, *, offline: bool, device: str) -> tuple[StratifiedModel,
 
 def _labels(base: dict[str, Any]) -> tuple[str, ...] | None:
     return None if base.get("labels") is None else tuple(base["labels"])
+
+
+def _outputs(model: Any) -> tuple[str, ...]:
+    """Names of the outputs by transformers' configuration, for a model that was saved without names of its classes."""
+    return tuple(model.config.id2label[i] for i in range(model.config.num_labels))
