@@ -110,6 +110,7 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
                 "--out, or start over with --no-resume."
             )
         if before["status"] == "complete":
+            stderr_console(quiet=job.quiet).print(f"Seed {seed}: finished earlier, kept as it is")
             return _finished(folder, kept=True)
     reference = headed.reference
     if reference != "default" and Path(reference).expanduser().exists():
@@ -285,6 +286,8 @@ def _run(
         counted = class_weights(kept["label"], n_classes=len(data.labels or ()))
         weights = torch.as_tensor(counted, dtype=torch.float32)
     last = last_checkpoint(folder)
+    console = stderr_console(quiet=job.quiet)
+    console.print(f"Seed {seed}: " + (f"{len(train)} training items" if last is None else f"goes on from {last.name}"))
     monitor = StepMonitor(last, patience=settings.patience, quiet=job.quiet)
     with torch_seed(seed, "training"), _own_state():
         arguments = training_arguments(settings, folder, seed=seed, device=device, select=len(select) > 0)
@@ -328,6 +331,7 @@ def _run(
         notes.append(f"seed {seed}: step {best} of {state.global_step} kept, chosen on {len(select)} held-out items")
     if state.global_step < state.max_steps:
         notes.append(f"seed {seed}: stopped early, at step {state.global_step} of {state.max_steps}")
+    console.print(f"Seed {seed}: scoring {sum(len(data.frames[s]) for s in data.scored_splits)} items")
     scored = {split: encoded_of(data.frames[split], split) for split in data.scored_splits}
 
     def scores_of(split: str, items: EncodedTexts) -> dict[str, float]:

@@ -214,7 +214,8 @@ def test_ctrl_c_keeps_the_checkpoint_and_the_same_command_goes_on(bert: Path, ta
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 130, done.stderr
-    assert done.stderr.strip() == "Interrupted. The last checkpoint is kept; the same command goes on from there."
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == "Interrupted. What is finished, and the last checkpoint, are kept; the same command goes on."
     seed = tmp_path / "out" / "seed-0"
     assert sorted(p.name for p in seed.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     from spafit.trainer import StratifiedTrainer

@@ -222,7 +222,9 @@ def train(
             offline=offline, allow_pickle=allow_pickle, resume=resume, command=_command(), quiet=quiet,
         )  # fmt: skip
     except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted. The last checkpoint is kept; the same command goes on from there.\n")
+        kept = any(folder.glob("seed-*/checkpoint-*")) or any(folder.glob("seed-*/model"))
+        what = "What is finished, and the last checkpoint, are kept" if kept else "There was no checkpoint yet"
+        sys.stderr.write(f"\nInterrupted. {what}; the same command goes on.\n")
         raise typer.Exit(130) from None
     if os.environ.get("RANK", "0") != "0":  # of several processes, the first one speaks
         return
