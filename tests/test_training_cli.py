@@ -162,6 +162,26 @@ def test_presets_are_listed_one_a_line() -> None:
     assert {"full", "bitfit", "spafit-scaled-II"} <= set(shown)
 
 
+def test_help_and_readme_show_how_remedies_and_glue_plans_are_written() -> None:
+    import re
+
+    import yaml
+
+    from spafit.glue_plan import parse
+    from spafit.retain import parse_remedy
+
+    shown = " ".join(re.findall(r"[^\s│]+", invoke("train", "--help").stdout))
+    assert "ewc:1,data=FILE" in shown
+    readme = (ROOT / "README.md").read_text()
+    written = re.findall(r"--retain (\S+?)(?:\s|`)", readme)
+    assert {"l2sp:0.01", "kl:1,data=FILE.tsv"} <= set(written)
+    assert parse_remedy("l2sp:0.01").weight == 0.01
+    content = yaml.safe_load(re.search(r"<!-- glue plan -->\n```yaml\n(.*?)```", readme, re.DOTALL)[1])  # type: ignore[index]
+    assert [m.pop("retain", None) for m in content["methods"]] == [None, ["kl:1,data=FILE.tsv"]]
+    plan = parse(yaml.safe_dump(content), file="x.yaml", folder=ROOT, name="x")
+    assert (len(plan.tasks), len(plan.methods), plan.seeds) == (2, 2, (0, 1, 2))
+
+
 def test_the_first_seed_s_model_is_pushed(
     bert: Path, tables: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
