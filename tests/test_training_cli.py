@@ -105,6 +105,36 @@ def test_the_model_card_is_filled_from_the_run(trained: Path) -> None:
         assert piece in card, piece
 
 
+def run_card(folder: Path) -> str:
+    """Run the Python of a model card, in its folder, where this package cannot be imported."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    hidden = "import sys; sys.modules.update(dict.fromkeys(('spafit', 'probing', 'analysis')))\n"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    more = "\nimport json; print(json.dumps([model.config.id2label, model(**inputs).logits.tolist()]))"
+    done = subprocess.run(
+        [sys.executable, "-c", hidden + code + more], cwd=folder, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_the_model_card_s_code_runs_as_pasted(trained: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from spafit.checkpoint import load
+
+    folder = trained / "seed-0" / "model"
+    names, logits = json.loads(run_card(folder))
+    assert names == {"0": "cat", "1": "dog"}
+    inputs = AutoTokenizer.from_pretrained(folder)(["A text.", "Another one."], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        ours = load(folder).model.eval()(**inputs).logits
+    assert torch.allclose(torch.tensor(logits), ours, atol=1e-5)
+    saved = io.read_json(folder / "adapter_config.json")["modules_to_save"]
+    assert sorted(saved) == sorted(set(saved))
+
+
 def test_the_table_is_printed_and_json_holds_the_same(bert: Path, tables: Path, trained: Path) -> None:
     arguments = [*train_arguments(bert, tables, trained), "--seeds", 2, "--retain", "l2sp:0.01"]
     shown = invoke(*arguments).stdout  # finished: returned as it is
@@ -324,6 +354,7 @@ def test_a_fully_trained_model_is_evaluated_and_merged_alike(bert: Path, tables:
     assert scores["accuracy"] == io.read_table(out / "runs").set_index("metric")["value"]["accuracy"]
     invoke("merge", model, "--out", tmp_path / "merged")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert json.loads(run_card(model))[0] == {"0": "cat", "1": "dog"}
 
 
 # ---------------------------------------------------------------- bad input
