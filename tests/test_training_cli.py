@@ -106,6 +106,36 @@ def test_the_model_card_is_filled_from_the_run(trained: Path) -> None:
         assert piece in card, piece
 
 
+def run_card(folder: Path) -> str:
+    """Run the Python of a model card, in its folder, where this package cannot be imported."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    hidden = "import sys; sys.modules.update(dict.fromkeys(('spafit', 'probing', 'analysis')))\n"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    more = "\nimport json; print(json.dumps([model.config.id2label, model(**inputs).logits.tolist()]))"
+    done = subprocess.run(
+        [sys.executable, "-c", hidden + code + more], cwd=folder, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_the_model_card_s_code_runs_as_pasted(trained: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from spafit.checkpoint import load
+
+    folder = trained / "seed-0" / "model"
+    names, logits = json.loads(run_card(folder))
+    assert names == {"0": "cat", "1": "dog"}
+    inputs = AutoTokenizer.from_pretrained(folder)(["A text.", "Another one."], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        ours = load(folder).model.eval()(**inputs).logits
+    assert torch.allclose(torch.tensor(logits), ours, atol=1e-5)
+    saved = io.read_json(folder / "adapter_config.json")["modules_to_save"]
+    assert sorted(saved) == sorted(set(saved))
+
+
 def test_the_table_is_printed_and_json_holds_the_same(bert: Path, tables: Path, trained: Path) -> None:
     arguments = [*train_arguments(bert, tables, trained), "--seeds", 2, "--retain", "l2sp:0.01"]
     shown = invoke(*arguments).stdout  # finished: returned as it is
@@ -184,6 +214,26 @@ def test_a_dry_run_counts_the_classes_of_a_table(
 def test_presets_are_listed_one_a_line() -> None:
     shown = invoke("train", "--presets").stdout.splitlines()
     assert {"full", "bitfit", "spafit-scaled-II"} <= set(shown)
+
+
+def test_help_and_readme_show_how_remedies_and_glue_plans_are_written() -> None:
+    import re
+
+    import yaml
+
+    from spafit.glue_plan import parse
+    from spafit.retain import parse_remedy
+
+    shown = " ".join(re.findall(r"[^\s│]+", invoke("train", "--help").stdout))
+    assert "ewc:1,data=FILE" in shown
+    readme = (ROOT / "README.md").read_text()
+    written = re.findall(r"--retain (\S+?)(?:\s|`)", readme)
+    assert {"l2sp:0.01", "kl:1,data=FILE.tsv"} <= set(written)
+    assert parse_remedy("l2sp:0.01").weight == 0.01
+    content = yaml.safe_load(re.search(r"<!-- glue plan -->\n```yaml\n(.*?)```", readme, re.DOTALL)[1])  # type: ignore[index]
+    assert [m.pop("retain", None) for m in content["methods"]] == [None, ["kl:1,data=FILE.tsv"]]
+    plan = parse(yaml.safe_dump(content), file="x.yaml", folder=ROOT, name="x")
+    assert (len(plan.tasks), len(plan.methods), plan.seeds) == (2, 2, (0, 1, 2))
 
 
 def test_the_first_seed_s_model_is_pushed(
@@ -369,6 +419,7 @@ def test_a_fully_trained_model_is_evaluated_and_merged_alike(bert: Path, tables:
     assert scores["accuracy"] == io.read_table(out / "runs").set_index("metric")["value"]["accuracy"]
     invoke("merge", model, "--out", tmp_path / "merged")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert json.loads(run_card(model))[0] == {"0": "cat", "1": "dog"}
 
 
 # ---------------------------------------------------------------- bad input

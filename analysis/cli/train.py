@@ -88,7 +88,10 @@ def train(
     retain: Annotated[
         list[str] | None,
         _option(
-            _PLAN, "--retain", help="Hold on to knowledge: l2sp:WEIGHT, ewc:…, kl:…, replay:…; repeat for several."
+            _PLAN,
+            "--retain",
+            help="Hold on to knowledge: l2sp:0.01, ewc:1,data=FILE, kl:1,data=FILE or replay:1,data=FILE; repeat for "
+            "several. FILE is a table with the column text and, for replay and ewc's labels=given, label.",
         ),
     ] = None,
     task: GlueTask = None,
