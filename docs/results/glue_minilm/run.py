@@ -146,7 +146,16 @@ def _reading(best: pd.DataFrame) -> list[str]:
             f"- {task}: best mean {means.index[0]} ({means.iloc[0]:.3f}); {len(within)} of {len(means)} plans lie "
             f"within two typical standard deviations over seeds ({2 * spread:.3f}) of it: {', '.join(within)}."
         )
+        constant = [m for m in means.index if task == "cola" and (own[own["method"] == m]["value"] == 0).all()]
+        if constant:
+            lines.append(
+                f"- {task}: a Matthews coefficient of exactly 0 for every seed is one class predicted throughout: "
+                f"{', '.join(constant)} learned nothing that the score can see in this few steps."
+            )
     lines += [
+        "- RTE and WNLI need inference over a pair of sentences, STS-B was given to the model as one joined text: "
+        "this encoder was trained on single sentences, and so few items do not teach it more.",
+        "- Seconds are those of the committed runs: training with its set-up and the scoring of the development set.",
         "- Seconds and memory are of two shared cores beside other work; ratios of speed belong to `tests/bench`.",
         "- A sentence encoder of six blocks, few items and three seeds: differences between plans that are smaller "
         "than the spread over seeds are not differences. Nothing here speaks about BERT-large or full training sets.",
