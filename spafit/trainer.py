@@ -162,7 +162,7 @@ class StratifiedTrainer(Trainer):
         else:
             loss = outputs.loss
         if training:
-            if index is not None and len(index) != self._items_per_batch:
+            if index is not None and self._items_per_batch:
                 # The Trainer averages over micro-batches; an epoch's last one is shorter, and its items weigh no more.
                 loss = loss * (len(index) / self._items_per_batch)
             for remedy in self.remedies:
