@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,11 +100,13 @@ class FitResult:
             f"{int(first['trainable'].iloc[0]):,} ({100 * first['trainable'].iloc[0] / first['total'].iloc[0]:.2f} %)"
         )
         table = self.to_pandas()
-        if table["metric"].nunique() == 2:  # one metric and the headline that repeats it
+        names = [m for m in table["metric"].unique() if m != "headline"]
+        if len(names) == 1:  # the headline repeats it
             table = table[table["metric"] != "headline"]
         for row in table.to_dict("records"):
+            metric = _metric(row["metric"], names)
             lines.append(
-                f"| {row['task']} | {row['method']} | {row['split']} | {row['metric']} | {_score(row)} | {trained} | "
+                f"| {row['task']} | {row['method']} | {row['split']} | {metric} | {_score(row)} | {trained} | "
                 f"{first['seconds'].mean():.0f} | {first['peak_memory_bytes'].max() / 1e9:.2f} GB |"
             )
         return "\n".join(lines)
@@ -131,11 +133,15 @@ class FitResult:
         return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Learning curves: training loss by step and each scored split's headline, a thin line per seed."""
+        """Learning curves: training loss by step, and the score on held-out training items; a line per seed."""
+        import seaborn as sns
+        from matplotlib.ticker import MaxNLocator
+
         from spafit.plotting import new_figure
 
         if ax is None:
             ax = new_figure(width=6.4, height=3.6).add_subplot()
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         loss = self.metrics[(self.metrics["split"] == "train") & (self.metrics["metric"] == "loss")]
         for n, (_, rows) in enumerate(loss.groupby("seed")):
             label = "training loss" if n == 0 else None
@@ -145,10 +151,12 @@ class FitResult:
         scored = self.metrics[(self.metrics["metric"] == "headline") & (self.metrics["split"] == "select")]
         if len(scored):
             other = ax.twinx()
-            for n, (_, rows) in enumerate(scored.groupby("seed")):
-                label = "score on held-out training items" if n == 0 else None
-                other.plot(rows["step"], rows["value"], "o-", color="#0072B2", linewidth=1.2, markersize=3, label=label)
-            other.set_ylabel("score")
+            colours = sns.color_palette("colorblind", len(self.seeds))
+            for colour, (seed, rows) in zip(colours, scored.groupby("seed"), strict=False):
+                label = f"seed {seed}, held-out training items"
+                other.plot(rows["step"], rows["value"], "o-", color=colour, linewidth=1.2, markersize=3, label=label)
+            names = [m for m in self.runs["metric"].unique() if m != "headline"]
+            other.set_ylabel(f"mean of {' and '.join(names)}" if len(names) > 1 else names[0])
         lines = [line for axes in ax.get_figure(root=True).axes for line in axes.get_lines()]  # type: ignore[union-attr]
         named = [line for line in lines if not str(line.get_label()).startswith("_")]
         if named:  # a run shorter than the logging interval has no rows of training loss
@@ -156,12 +164,20 @@ class FitResult:
         ax.set_title(f"{self.run['task']}, {self.run['method']}")
         return ax
 
+    def __repr__(self) -> str:
+        return f"FitResult({str(self.folder)!r}, {len(self.seeds)} seeds)\n{self.to_markdown()}"
+
     def _repr_html_(self) -> str:
         return str(self.to_pandas().round(4).to_html(index=False))
 
 
+def _metric(name: Hashable, names: Sequence[str]) -> str:
+    return f"headline: mean of {' and '.join(names)}" if name == "headline" else str(name)
+
+
 def _score(row: Mapping[Hashable, Any]) -> str:
-    count = f"n = {row['seeds']}" if row["defined"] == row["seeds"] else f"{row['defined']} of {row['seeds']} defined"
+    seeds = f"{row['seeds']} seed{'s' * (row['seeds'] != 1)}"
+    count = seeds if row["defined"] == row["seeds"] else f"defined for {row['defined']} of {seeds}"
     if not row["defined"]:
         return f"undefined ({count})"
     spread = f" ± {row['sd']:.3f}" if row["defined"] > 1 else ""

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 #: Raised by one whenever the same inputs would give other numbers, so that older finished seeds are trained again.
 NUMBERS_VERSION = 3
+#: Settings that change no number.
+_NOT_NUMERIC = ("track", "log_steps", "workers")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
         stratified = apply_strata(headed.model, plan)
     content = plan.to_dict()
     content.pop("provenance", None)
-    numeric = {k: v for k, v in settings.to_dict().items() if k not in ("track", "log_steps", "workers")}
+    numeric = {k: v for k, v in settings.to_dict().items() if k not in _NOT_NUMERIC}
     kind = processes.device.partition(":")[0]
     key = io.content_digest(
         [
@@ -100,14 +102,32 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
         ]
     )
     record = folder / "run.json"
+    run: dict[str, Any] = {
+        "schema_version": io.SCHEMA_VERSION,
+        "command": job.command,
+        "status": "running",
+        "key": key,
+        "seed": seed,
+        "model": {"name": headed.name, "reference": headed.reference, "revision": headed.revision},
+        "plan": plan.to_dict(),
+        "settings": settings.to_dict(),
+        "remedies": [repr(r) for r in job.remedies],
+        "data": data.digest,
+        "trainable": stratified.trainable_parameters(),
+        "total": stratified.total_parameters(),
+        "device": kind,
+        "processes": processes.count,
+        "notes": [*headed.notes, *stratified.plan.notes],
+        **provenance(),
+    }
     if not job.resume and folder.exists():
         _start_over(folder, processes)
     if record.exists():
         before = io.read_json(record)
         if before["key"] != key:
             raise OutputError(
-                f"{folder} holds a run with other settings, plan, data, model or number of processes. Choose another "
-                "--out, or start over with --no-resume."
+                f"{folder} holds another run: {_difference(before, run)}. Choose another --out, or start over with "
+                "--no-resume."
             )
         if before["status"] == "complete":
             stderr_console(quiet=job.quiet).print(f"Seed {seed}: finished earlier, kept as it is")
@@ -122,24 +142,8 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
         "head": headed.head,
         "labels": None if data.labels is None else list(data.labels),
         "regression": data.regression,
+        "paired": data.paired,
         "digest": base_digest(stratified),
-    }
-    run: dict[str, Any] = {
-        "schema_version": io.SCHEMA_VERSION,
-        "command": job.command,
-        "status": "running",
-        "key": key,
-        "seed": seed,
-        "model": {"name": headed.name, "reference": headed.reference, "revision": headed.revision},
-        "plan": plan.to_dict(),
-        "settings": settings.to_dict(),
-        "remedies": [repr(r) for r in job.remedies],
-        "trainable": stratified.trainable_parameters(),
-        "total": stratified.total_parameters(),
-        "device": kind,
-        "processes": processes.count,
-        "notes": [*headed.notes, *stratified.plan.notes],
-        **provenance(),
     }
     processes.wait()  # no process may see the record of this very call as an earlier one's
     if processes.first:
@@ -151,6 +155,20 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
     _release(kind)
     processes.wait()
     return _finished(folder, kept=False)
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between the record of a folder's run and that of this call, for people."""
+    now = io.plain(now)  # as it would be read back
+    old, new = before["settings"], now["settings"]
+    found = [f"{k} {old.get(k)!r}, not {v!r}" for k, v in new.items() if old.get(k) != v and k not in _NOT_NUMERIC]
+    plans = [{k: v for k, v in record["plan"].items() if k != "provenance"} for record in (before, now)]
+    found += ["another plan"] if plans[0] != plans[1] else []
+    found += [f"model {before['model']['name']}"] if before["model"] != now["model"] else []
+    for part in ("remedies", "device", "processes"):
+        found += [f"{part} {before.get(part)!r}, not {now[part]!r}"] if before.get(part) != now[part] else []
+    found += ["other data"] if before.get("data") != now["data"] else []
+    return "; ".join(found) or "made by another version of this package, or from other weights"
 
 
 def _start_over(folder: Path, processes: Processes) -> None:
@@ -207,7 +225,9 @@ def _write(
         base=headed.reference if headed.reference != "default" else headed.name,
         task=data.name,
         scores={f"{s} {m}": v for s, found in done["scores"].items() for m, v in found.items()},
-        settings={k: v for k, v in settings.to_dict().items() if v not in (None, (), False)},
+        settings={k: v for k, v in settings.to_dict().items() if v not in (None, (), False)}
+        | {f"remedy {i + 1}": remedy for i, remedy in enumerate(run["remedies"])}
+        | {"training items": done["train_items"]},
         command=job.command,
         notes=run["notes"],
     )

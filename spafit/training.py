@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def fit(
         seeds: one run each.
         out: output folder.
         remedies: what holds on to knowledge while training; see :mod:`spafit.retain`.
-        method: what tables call the plan; by default the preset's name or the plan's source.
+        method: what tables call the plan; by default the preset's name or the plan's source, and the remedies.
         device: kind of torch device; ``auto`` takes the first of cuda, mps, cpu.
         revision: branch, tag or commit of a hub model.
         offline: never ask the hub.
@@ -75,7 +76,8 @@ def fit(
     if not seeds or len(set(seeds)) != len(seeds):
         raise UsageError(f"seeds must be different numbers, at least one; got {list(seeds)}.")
     settings.check_trackers()
-    name = method or (config if isinstance(config, str) else str(config.provenance.get("source", "own plan")))
+    plan_name = config if isinstance(config, str) else str(config.provenance.get("source", "own plan"))
+    name = method or " + ".join([plan_name, *(r.name for r in remedies)])
     processes = joined(device)
     if processes.first:
         _check_writable(Path(out))
@@ -83,7 +85,12 @@ def fit(
         model, config, data, settings, Path(out), tuple(remedies), name, revision,
         offline, allow_pickle, resume, command or "spafit.fit", quiet or not processes.first, processes,
     )  # fmt: skip
-    done = [train_seed(job, seed) for seed in seeds]
+    try:
+        done = [train_seed(job, seed) for seed in seeds]
+    except BaseException:
+        with suppress(OSError):  # a folder that this call made and left empty; others are not removed by rmdir
+            Path(out).rmdir()
+        raise
     written = all(d["kept"] for d in done) and _is_written(job.folder, done)
     processes.wait()  # all have looked before the first one writes
     if written:

@@ -356,7 +356,7 @@ def test_a_method_may_hold_on_to_knowledge_and_sweep_towards_the_start(model: Pa
     data.mkdir()
     for name, n in (("train", 24), ("dev", 12), ("test", 6)):
         (data / f"{name}.tsv").write_text(rows("rte", n, test=name == "test"))
-    run_glue(GluePlan.load(plan), tmp_path / "out", data=str(tmp_path), device="cpu", quiet=True)
+    run_glue(GluePlan.load(plan), out=tmp_path / "out", data=str(tmp_path), device="cpu", quiet=True)
     kept, other = (FitResult.load(tmp_path / "out" / "rte" / name) for name in ("kept", "strata"))
     assert [r["remedy"] for r in kept.run["remedy_price"]] == ["kl", "l2sp"]
     assert other.run["remedies"] == []

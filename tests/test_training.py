@@ -230,8 +230,12 @@ def test_another_plan_in_the_same_folder_is_one_sentence(
     with pytest.raises(BrokenOff):
         train(bert, tmp_path, save_steps=2)
     kept = sorted(tmp_path.rglob("*"))
-    for other in ({"plan": "bitfit"}, {"learning_rate": 1e-3}, {"data": task(28)}):
-        with pytest.raises(OutputError, match=r"other settings, plan, data, model .* --no-resume"):
+    for other, what in (
+        ({"plan": "bitfit"}, "another plan"),
+        ({"learning_rate": 1e-3}, "learning_rate .*, not 0.001"),
+        ({"data": task(28)}, "other data"),
+    ):
+        with pytest.raises(OutputError, match=f"holds another run: {what}. .* --no-resume"):
             train(bert, tmp_path, save_steps=2, **other)
     assert sorted(tmp_path.rglob("*")) == kept
 
@@ -239,7 +243,7 @@ def test_another_plan_in_the_same_folder_is_one_sentence(
 def test_another_base_under_the_same_plan_is_noticed_even_if_everything_trains(bert: Path, tmp_path: Path) -> None:
     train(bert, tmp_path / "run", "full", learning_rate=1e-3)
     save_tiny("bert", tmp_path / "other", seed=1)
-    with pytest.raises(OutputError, match="other settings, plan, data, model"):
+    with pytest.raises(OutputError, match="holds another run"):
         train(tmp_path / "other", tmp_path / "run", "full", learning_rate=1e-3)
 
 
@@ -830,7 +834,7 @@ def test_tables_and_figure_have_what_is_documented(bert: Path, tmp_path: Path) -
     assert summary.loc["accuracy", "sd"] == pytest.approx(values.std(ddof=1))
     assert summary.loc["accuracy", "seeds"] == 3
     text = (tmp_path / "results.md").read_text()
-    assert f"{values.mean():.3f} ± {values.std(ddof=1):.3f} (n = 3)" in text
+    assert f"{values.mean():.3f} ± {values.std(ddof=1):.3f} (3 seeds)" in text
     model = result.model_folder(1)
     assert result.runs["saved_bytes"].iloc[0] == (model / "adapter_model.safetensors").stat().st_size
     assert (result.runs["peak_memory_bytes"] > 1e6).all()
@@ -847,12 +851,12 @@ def test_tables_and_figure_have_what_is_documented(bert: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("values", "shown"),
     [
-        ((0.8, np.nan, 0.6), "0.700 ± 0.141 (2 of 3 defined)"),
-        ((0.8, np.nan), "0.800 (1 of 2 defined)"),
-        ((np.nan, np.nan), "undefined (0 of 2 defined)"),
-        ((np.nan,), "undefined (0 of 1 defined)"),
-        ((0.8, 0.6), "0.700 ± 0.141 (n = 2)"),
-        ((0.8,), "0.800 (n = 1)"),
+        ((0.8, np.nan, 0.6), "0.700 ± 0.141 (defined for 2 of 3 seeds)"),
+        ((0.8, np.nan), "0.800 (defined for 1 of 2 seeds)"),
+        ((np.nan, np.nan), "undefined (defined for 0 of 2 seeds)"),
+        ((np.nan,), "undefined (defined for 0 of 1 seed)"),
+        ((0.8, 0.6), "0.700 ± 0.141 (2 seeds)"),
+        ((0.8,), "0.800 (1 seed)"),
     ],
 )
 def test_undefined_scores_are_counted_out(values: tuple[float, ...], shown: str) -> None:
@@ -933,7 +937,7 @@ def test_remedies_add_to_the_loss_and_their_price_is_recorded(bert: Path, tmp_pa
     assert (terms["value"] >= 0).all()
     # The same remedy is the same run; another weight is another.
     train(bert, tmp_path / "1000", remedies=[parse_remedy("l2sp:1000")], learning_rate=1e-3)
-    with pytest.raises(OutputError, match="other settings"):
+    with pytest.raises(OutputError, match="holds another run"):
         train(bert, tmp_path / "1000", remedies=[parse_remedy("l2sp:1")], learning_rate=1e-3)
 
 

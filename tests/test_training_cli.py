@@ -212,8 +212,9 @@ def test_a_dry_run_counts_the_classes_of_a_table(
 
 
 def test_presets_are_listed_one_a_line() -> None:
-    shown = invoke("train", "--presets").stdout.splitlines()
-    assert {"full", "bitfit", "spafit-scaled-II"} <= set(shown)
+    shown = dict(line.split("  ", 1) for line in invoke("train", "--presets").stdout.splitlines())
+    assert {"full", "bitfit", "spafit-scaled-II"} <= {name.strip() for name in shown}
+    assert all(what.strip() for what in shown.values())
 
 
 def test_help_and_readme_show_how_remedies_and_glue_plans_are_written() -> None:
@@ -368,7 +369,7 @@ def test_predict_takes_any_table(tables: Path, trained: Path, tmp_path: Path, ki
     else:
         table.to_csv(path, sep="\t" if kind == "tsv" else ",", index=False, quoting=csv.QUOTE_MINIMAL)
     model = trained / "seed-0" / "model"
-    shown = invoke("predict", model, path, "--text", "sentence", "--out", tmp_path / "p.q").stdout
+    shown = invoke("predict", model, path, "--text", "sentence", "--out", tmp_path / "p.q.csv").stdout
     assert "16 rows written" in shown
     ours = io.read_table(tmp_path / "p.q")
     theirs = io.read_table(trained / "seed-0" / "predictions-validation")
@@ -434,6 +435,7 @@ def test_a_fully_trained_model_is_evaluated_and_merged_alike(bert: Path, tables:
         (["--label", "class"], "no column 'class'"),
         (["--validation", "BIRD"], "'bird' is not a class of the training split"),
         (["--task", "rte"], "name the data twice"),
+        (["--retain", "kl:1,data=missing.tsv"], "missing.tsv"),
         (["--regression"], "is not a number"),
         (["--metric", "acuracy"], "Did you mean 'accuracy'"),
         (["--metric", "pearson"], "not a metric of classification"),
@@ -486,7 +488,7 @@ def test_bad_input_is_one_sentence_before_training(
     arguments = [*train_arguments(bert, tables, tmp_path / "out"), *(special.get(c, c) for c in changes)]
     said = sentence(*arguments, capsys=capsys, monkeypatch=monkeypatch)
     assert expected in said, said
-    assert not list((tmp_path / "out").rglob("*.parquet"))
+    assert not (tmp_path / "out").exists()
 
 
 def change_labels(folder: Path) -> None:
@@ -505,6 +507,9 @@ def change_labels(folder: Path) -> None:
         (["evaluate", "MODEL", "--table", "MISSING"], "missing.tsv"),
         (["predict", "MODEL", "TABLE", "--text", "sentence", "--out", "x"], "no column 'sentence'"),
         (["merge", "TABLES", "--out", "x"], "not a model that was trained here"),
+        (["merge", "MODEL", "--out", "TABLES"], "is not empty"),
+        (["predict", "MODEL", "TABLE", "--text2", "text", "--out", "x"], "was trained on single texts"),
+        (["train", "--task", "rte", "--data", "TABLES", "--metric", "f1"], "has metrics of its own"),
     ],
 )
 def test_bad_input_to_the_other_commands_is_one_sentence(

@@ -184,10 +184,13 @@ def train(
     if presets:
         from spafit.presets import PRESETS
 
-        typer.echo("\n".join(PRESETS))
+        width = max(len(name) for name in PRESETS)
+        typer.echo("\n".join(f"{name:{width}}  {what}" for name, what in PRESETS.items()))
         return
     if task is not None and train_file is not None:
         raise UsageError("--task and --train name the data twice; give one of them.")
+    if task is not None and metric:
+        raise UsageError("--metric is for tables: a GLUE task has metrics of its own. Leave it out.")
     if dry_run:
         labels = _number_of_labels(
             task, train_file, text=text, text2=text2, label=label, regression=regression, header=not no_header
@@ -211,17 +214,19 @@ def train(
         label=label, regression=regression, header=not no_header, metrics=tuple(metric) if metric else None,
         offline=offline, skip_bad_rows=skip_bad_rows,
     )  # fmt: skip
+    from spafit.models import DEFAULT_NAME
     from spafit.retain import parse_remedy
     from spafit.training import fit
 
-    name = strata if isinstance(plan, str) else Path(strata).stem
+    remedies = [parse_remedy(r) for r in retain or ()]
+    name = " + ".join([strata if isinstance(plan, str) else Path(strata).stem, *(r.name for r in remedies)])
     folder = out or Path("runs") / "train" / "-".join(
-        [Path(model or "default").name, given.name, name.replace(":", "-")]
+        [Path(model or DEFAULT_NAME).name, given.name, name.replace(":", "-").replace(" + ", "-")]
     )
     try:
         result = fit(
             model, plan, data=given, settings=settings, seeds=tuple(range(seeds)), out=folder,
-            remedies=[parse_remedy(r) for r in retain or ()], method=name, device=device, revision=revision,
+            remedies=remedies, method=name, device=device, revision=revision,
             offline=offline, allow_pickle=allow_pickle, resume=resume, command=_command(), quiet=quiet,
         )  # fmt: skip
     except KeyboardInterrupt:
