@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,7 +96,7 @@ def extract(
         cache_dir=cache_dir,
     )
     held = lease(plan.folder)
-    write_facts(plan.folder, _facts(plan))
+    write_facts(plan.folder, store_facts(plan))
     notes: list[str] = []
     mine = [k for k in range(plan.shards) if shard is None or k % shard[1] == shard[0]]
     todo = []
@@ -164,7 +164,8 @@ def seconds_per_token(
     return min(times[1:]) / ids.numel()
 
 
-def _facts(plan: ExtractionPlan) -> dict[str, object]:
+def store_facts(plan: ExtractionPlan) -> dict[str, object]:
+    """What a store's folder says about itself, for people who look after the cache."""
     return {
         "model": plan.loaded.name,
         "weights_digest": plan.loaded.weights_digest,
@@ -198,7 +199,7 @@ def _compute(
     # First what nobody else is computing; then the others' shards again, waiting, to take over if they died.
     queue = deque((k, False) for k in todo)
     pending: Future[None] | None = None
-    with ThreadPoolExecutor(1) as writer, _runner(plan, device, progress) as run:
+    with ThreadPoolExecutor(1) as writer, shard_runner(plan, device, progress) as run:
         while queue:
             shard, wait = queue.popleft()
             held = claim(plan.folder, shard, wait=wait)
@@ -233,12 +234,16 @@ Shard = tuple["torch.Tensor", dict[int, int]]
 
 
 @contextmanager
-def _runner(
-    plan: ExtractionPlan, device: str, progress: Callable[[float], None] | None
+def shard_runner(
+    plan: ExtractionPlan,
+    device: str,
+    progress: Callable[[float], None] | None,
+    *,
+    around: Callable[[tuple[int, int]], AbstractContextManager[None]] | None = None,
 ) -> Iterator[Callable[[int], Shard]]:
     """Within the block, the callable yielded computes one shard: its bytes, and halvings by batch number.
 
-    The bytes are valid until the call after next.
+    The bytes are valid until the call after next. Each forward pass runs inside ``around(rows)``, where it is given.
     """
     import torch
 
@@ -280,7 +285,8 @@ def _runner(
             nonlocal batch
             try:
                 batch = plan.batch(rows, device=device)
-                forward(batch.inputs)
+                with nullcontext() if around is None else around(rows):
+                    forward(batch.inputs)
                 _check_finite(plan, batch, tensors, place)
                 return 0
             except RuntimeError as error:

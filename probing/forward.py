@@ -136,6 +136,7 @@ class Backbone:
         seen: set[tuple[str, int]] = set()
         counters: list[list[int]] = []
         shape: list[tuple[int, ...]] = [()]
+        running = [False]  # the module may also be called by others meanwhile; those states are not ours
 
         def hand_over(site: str, hidden: int, states: object) -> None:
             if isinstance(states, torch.Tensor) and states.dim() == 2 and len(states) == shape[0][0] * shape[0][1]:
@@ -156,8 +157,12 @@ class Backbone:
                 counter[0] = 0
             shape[0] = tuple(batch["input_ids"].shape)
             # no_grad rather than inference_mode: a model may keep buffers that it makes here, and train later.
-            with torch.no_grad():
-                self.module(**self.inputs(batch))
+            running[0] = True
+            try:
+                with torch.no_grad():
+                    self.module(**self.inputs(batch))
+            finally:
+                running[0] = False
             missing = [(s.site, h) for s in sites for h in s.hidden if (s.site, h) not in seen]
             if missing:
                 raise ModelError(
@@ -173,10 +178,12 @@ class Backbone:
 
             def watch(path: str, hiddens: Sequence[int], site: str, *, inputs: bool = False) -> None:
                 """Hand over what goes into, or comes out of, the module's successive calls in one pass."""
-                module, counter = self._submodule(path), [0]
+                module, counter = self.submodule(path), [0]
                 counters.append(counter)
 
                 def called(states: Any) -> None:
+                    if not running[0]:
+                        return
                     # A shared block (ALBERT) runs several times per pass, its calls in the order of its indices.
                     if counter[0] < len(hiddens):
                         hand_over(site, hiddens[counter[0]], states)
@@ -207,7 +214,8 @@ class Backbone:
                 watch(stack.final_norm, [stack.num_blocks], "final_norm")
             yield forward
 
-    def _submodule(self, path: str) -> nn.Module:
+    def submodule(self, path: str) -> nn.Module:
+        """The module at a dotted path of the whole model."""
         return self.module.get_submodule(path[len(self.path) :].lstrip(".") if self.path else path)
 
 

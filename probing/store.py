@@ -174,6 +174,14 @@ def write_shard(layout: Layout, shard: int, memory: torch.Tensor, *, halvings: M
     _VERIFIED[str(data)] = _stamp(data)
 
 
+def stored_bytes(layout: Layout, shard: int) -> torch.Tensor:
+    """The states of a finished shard as bytes, for :meth:`Layout.tensors`; read into memory."""
+    import torch
+
+    path, begin = data_path(layout.folder, shard), len(layout.header(shard))
+    return torch.from_numpy(np.fromfile(path, dtype=np.uint8, offset=begin))
+
+
 # Shards whose checksum this process has seen to be right, with the time and size they had then.
 _VERIFIED: dict[str, tuple[int, int]] = {}
 

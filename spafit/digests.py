@@ -37,6 +37,13 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def settings_digest(model: nn.Module) -> str:
+    """SHA-256 over the class and the settings that change what a model computes, without its weights."""
+    config = getattr(model, "config", None)
+    settings = _content(config.to_dict()) if config is not None and hasattr(config, "to_dict") else None
+    return content_digest([type(model).__name__, json.dumps(settings, sort_keys=True, default=str)])
+
+
 def tokenizer_digest(tokenizer: Any | None) -> str:
     """SHA-256 of what decides how text becomes tokens; "" without a tokenizer."""
     if tokenizer is None:
