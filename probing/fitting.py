@@ -90,6 +90,16 @@ def training_rows(task: Task, settings: ProbeSettings) -> dict[int, np.ndarray]:
     return rows
 
 
+def label_log2_frequency(task: Task, answers: np.ndarray) -> np.ndarray:
+    """log2 of each label's share of the training split, shape (labels,): what bits saved are counted from.
+
+    Half an item for a label that training never has (a control task may draw one for a test word only).
+    """
+    train = (task.items["split"] == "train").to_numpy()
+    counts = np.bincount(answers[train], minlength=len(task.labels))
+    return np.log2(np.maximum(counts, 0.5) / counts.sum())
+
+
 def fit_task(
     task: Task,
     settings: ProbeSettings,
@@ -152,8 +162,7 @@ def fit_task(
 
     def record(name: str, i: int, k: slice, fit: LinearProbeFit, m: int, x: np.ndarray, answers: np.ndarray) -> None:
         gold, counts = answers[test], np.bincount(answers[split == "train"], minlength=len(task.labels))
-        # Half an item for a label that training never has (a control task may draw one for a test word only).
-        log2_frequency = np.log2(np.maximum(counts, 0.5) / counts.sum())
+        log2_frequency = label_log2_frequency(task, answers)
         log_p = fit.log_probabilities(x, label_set=m)[:, 0]
         into = results[name]
         into["labels"][i], into["majority"][i] = gold, counts.argmax()

@@ -260,8 +260,7 @@ def _probe_one(
     words = task.unit == "word"
     text = plan.needed[task.corpus.name].position[task.items["text"].to_numpy()]
     encoded = text >= 0  # the others are training items that no seed drew
-    rows = own.word_offsets[text] + task.items["span"].to_numpy() if words else text
-    usable = own.word_valid[np.where(encoded, rows, 0)] & encoded if words else encoded
+    rows, usable = rows_of_items(plan, task, own)
     notes = []
     if words and (usable < encoded).any():
         notes.append(
@@ -321,6 +320,16 @@ def _probe_one(
             notes=notes,
         )
     return notes
+
+
+def rows_of_items(plan: ProbePlan, task: Task, store: ActivationStore) -> tuple[np.ndarray, np.ndarray]:
+    """Row of each of a task's items in a store, and whether there is a state for it; both of shape (items,)."""
+    text = plan.needed[task.corpus.name].position[task.items["text"].to_numpy()]
+    encoded = text >= 0
+    if task.unit != "word":
+        return text, encoded
+    rows = store.word_offsets[text] + task.items["span"].to_numpy()
+    return rows, store.word_valid[np.where(encoded, rows, 0)] & encoded
 
 
 def _collect(plan: ProbePlan, run: dict[str, Any], status: dict[str, dict[str, Any]]) -> ProbeResults | None:
