@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats as scipy_stats
 
-from analysis.hsic import CHUNK, Shift, Side, Variant, hsic1, make_side, row_dots
+from analysis.hsic import CHUNK, Shift, Side, Terms, Variant, hsic1, make_side, row_dots
 from analysis.sentences import Layout, as_states, usable_items
 from spafit.errors import NumericalError
 from spafit.runtime import generator
@@ -132,14 +132,21 @@ def outlier_dimensions(x: np.ndarray, y: np.ndarray, *, threshold: float = 4.0) 
     One such column shared by otherwise independent states of width 768 gives a raw CKA of about .25 at 4 times the
     others' deviation and .93 at 10 times. Arrays of different width share no dimension.
     """
-    if x.shape[1] != y.shape[1] or len(x) < 2:
+    return shared_outliers(relative_deviation(x), relative_deviation(y), threshold=threshold)
+
+
+def relative_deviation(states: np.ndarray) -> np.ndarray:
+    """Standard deviation of each column over the median of those that vary, shape (width,)."""
+    deviation = states.std(axis=0, dtype=np.float64) if len(states) else np.zeros(states.shape[1])
+    moving = deviation[deviation > 0]
+    return deviation / np.median(moving) if len(moving) else deviation
+
+
+def shared_outliers(x: np.ndarray, y: np.ndarray, *, threshold: float = 4.0) -> tuple[int, ...]:
+    """:func:`outlier_dimensions` from the columns' relative deviations."""
+    if x.shape != y.shape:
         return ()
-    ratios = []
-    for side in (x, y):
-        deviation = side.std(axis=0, dtype=np.float64)
-        moving = deviation[deviation > 0]
-        ratios.append(deviation / np.median(moving) if len(moving) else np.zeros(side.shape[1]))
-    shared = np.minimum(*ratios)
+    shared = np.minimum(x, y)
     found = np.flatnonzero(shared > threshold)
     return tuple(int(i) for i in found[np.argsort(-shared[found], kind="stable")])
 
@@ -195,24 +202,45 @@ def cluster_cka(
 
 
 def cka_of_sides(
-    a: Side, b: Side, layout: Layout, *, level: float | None = 0.95, n_permutations: int = 0, seed: int = 0
+    a: Side,
+    b: Side,
+    layout: Layout,
+    *,
+    level: float | None = 0.95,
+    n_permutations: int = 0,
+    seed: int = 0,
+    selves: tuple[tuple[float, float], tuple[float, float]] | None = None,
 ) -> Estimate:
-    """:func:`cluster_cka` of prepared sides of the same sentences; ``level=None`` leaves the interval out."""
+    """:func:`cluster_cka` of prepared sides of the same sentences.
+
+    Args:
+        a: one side.
+        b: the other.
+        layout: their sentences.
+        level: coverage of the interval; None leaves it out.
+        n_permutations: shuffles for p.
+        seed: chooses the shuffles.
+        selves: value and leading term of HSIC1 of each side with itself, if known and no interval is asked for.
+    """
     n = layout.n
     if n < 4:
         return Estimate(math.nan, n, reason=TOO_FEW)
     if a.constant or b.constant:
         return Estimate(math.nan, n, reason=CONSTANT)
     jackknifed = level is not None and n > 4
-    found = [hsic1(s, t, layout, leave_one_out=jackknifed) for s, t in ((a, b), (a, a), (b, b))]
-    terms, leading = (np.array([f[i] for f in found]) for i in (0, 1))
+    found = [hsic1(a, b, layout, leave_one_out=jackknifed)]
+    if selves is None or jackknifed:
+        found += [hsic1(side, side, layout, leave_one_out=jackknifed) for side in (a, b)]
+    else:
+        found += [Terms(*known, np.empty(0)) for known in selves]
+    terms, leading = np.array([f.value for f in found]), np.array([f.leading for f in found])
     estimate = _ratio(terms, leading, dtype=a.states.dtype, n=n)
     if estimate.reason:
         return estimate
     low = high = math.nan
     reason = ""
-    if jackknifed:
-        xy, xx, yy = (f[2] for f in found)
+    if level is not None and jackknifed:
+        xy, xx, yy = (f.without for f in found)
         if min(xx.min(), yy.min()) <= 0:
             reason = "no interval: leaving out one sentence makes HSIC1 of one side with itself negative"
         else:
@@ -236,7 +264,8 @@ def permutation_p(a: Side, b: Side, layout: Layout, *, n_permutations: int = 199
 
     One item is drawn from each sentence, and at most :data:`MOST_PERMUTED` sentences; HSIC1 of the draw is compared
     with HSIC1 after shuffling (the denominators of CKA do not change). p = (1 + hits) / (1 + n_permutations), so its
-    smallest value is set by ``n_permutations``. A small p says that the sides are related, not how closely.
+    smallest value is set by ``n_permutations``. A small p says that the sides are related, not how closely; and it rests
+    on one draw, so near 0 it can disagree with a value that uses all items.
     """
     random = generator(seed, "permutation of sentences")
     chosen = np.arange(layout.n)

@@ -134,16 +134,33 @@ def make_side(states: np.ndarray, layout: Layout, *, variant: Variant = "raw") -
     return Side(centred, means, own, shift.is_constant(spread))
 
 
-def hsic1(a: Side, b: Side, layout: Layout, *, leave_one_out: bool = False) -> tuple[float, float, np.ndarray | None]:
+@dataclass(frozen=True)
+class Terms:
+    """HSIC1 of two sides.
+
+    Attributes:
+        value: HSIC1.
+        leading: the size of its leading term, to judge rounding by.
+        without: HSIC1 without each sentence, shape (sentences,); empty where it was not asked for.
+    """
+
+    value: float
+    leading: float
+    without: np.ndarray
+
+
+def hsic1(a: Side, b: Side, layout: Layout, *, leave_one_out: bool = False) -> Terms:
     """HSIC1 over sentences, averaged over all draws of one item per sentence.
 
     With C = Σᵢ meanₐ xᵢₐyᵢₐᵀ and D = Σᵢ x̄ᵢȳᵢᵀ, the sums over pairs, triples and quadruples of different sentences are
     ‖C‖² − Σ‖Cᵢ‖², 2Σeᵢ − ⟨C, D⟩ and (Σk̄)(Σl̄) − 6k̄ᵀl̄ + 2‖D‖², where eᵢ = ⟨Cᵢ, x̄ᵢȳᵢᵀ⟩, k̄ᵢ = ‖x̄ᵢ‖², l̄ᵢ = ‖ȳᵢ‖².
     Without sentence s, each loses the tuples that s is part of, which are linear in s: one more product.
 
-    Returns:
-        HSIC1; the size of its leading term, to judge rounding by; and with ``leave_one_out`` HSIC1 without each
-        sentence, shape (sentences,).
+    Args:
+        a: one side.
+        b: the other; ``b is a`` saves half of the product.
+        layout: their sentences, at least 4, and 5 for ``leave_one_out``.
+        leave_one_out: whether to compute HSIC1 without each sentence.
     """
     n, single = layout.n, layout.single
     weights = (1 / layout.sizes)[layout.codes]
@@ -158,7 +175,7 @@ def hsic1(a: Side, b: Side, layout: Layout, *, leave_one_out: bool = False) -> t
     value = float(t2 / (n * (n - 1)) - 2 * t3 / (n * (n - 1) * (n - 2)) + t4 / (n * (n - 1) * (n - 2) * (n - 3)))
     size = float(np.vdot(c, c)) / (n * (n - 3))
     if not leave_one_out:
-        return value, size, None
+        return Terms(value, size, np.empty(0))
     n2 = (n - 1.0) * (n - 2)
     n3, n4 = n2 * (n - 3), n2 * (n - 3) * (n - 4)
     by_item, by_mean = -2 * c / n2 - 2 * d / n3, -4 * c / n3 - 8 * d / n4
@@ -173,7 +190,7 @@ def hsic1(a: Side, b: Side, layout: Layout, *, leave_one_out: bool = False) -> t
     q = b.means @ (ka.astype(b.means.dtype) @ b.means)
     rest = (t2 + 2 * own) / n2 - 2 * (t3 - 6 * e + f + g) / n3
     rest += (t4 - 2 * (kb.sum() * ka + ka.sum() * kb - 12 * ka * kb + 2 * h + 2 * q)) / n4
-    return value, size, rest + linear
+    return Terms(value, size, rest + linear)
 
 
 def _within(a: np.ndarray, b: np.ndarray, layout: Layout) -> np.ndarray:
