@@ -15,7 +15,7 @@ import pandas as pd
 from probing.config import Overwrite, ProbeConfig, seed_numbers
 from probing.earlier import clear_run
 from probing.fitting import States, TaskFit, fit_task
-from probing.parts import read_part, write_part
+from probing.parts import is_finished, read_part, write_part
 from probing.planning import ProbePlan, extraction_options, plan_probing, timed
 from probing.results import ProbeResults, summary_table
 from probing.scoring import SCORE_COLUMNS, item_table, score_table
@@ -150,6 +150,9 @@ def run_plan(plan: ProbePlan, *, command: str | None = None, quiet: bool = False
             _extract_and_fit(plan, todo, status, notes, seconds, quiet=quiet)
     except KeyboardInterrupt:
         run["status"] = "interrupted"
+        for task in todo:  # the interruption may come right after a task was saved
+            if status[task.name]["status"] == "waiting" and is_finished(plan.out, task.name, plan.task_key(task)):
+                status[task.name]["status"] = "done"
         raise
     except SpafitError:
         run["status"] = "failed"

@@ -264,16 +264,13 @@ def plan_for(
             blocks={s.name: s.num_blocks for s in stacks},
             bias_roles={s.name: s.bias_roles for s in stacks},
             roles={s.name: tuple(s.roles) for s in stacks},
-            count=lambda plan: count_trainable(model, plan),
+            # Both sides of a comparison at equal parameters are counted as they would be trained.
+            count=lambda plan: count_trainable(model, _with_missing_pooler(model, plan, missing)),
             model_id=model_id,
         )
-    frozen = _frozen_parts(model, plan, missing) if missing else {}
-    if set(frozen) == {"pooler"} and isinstance(config, str):
-        said = f"pooler: full for {plan.outside.pooler}, the checkpoint has none, so it starts from random weights"
-        before = list(plan.provenance.get("substitutions", ()))
-        outside = dataclasses.replace(plan.outside, pooler="full")
-        plan = dataclasses.replace(plan, outside=outside).with_provenance({"substitutions": [*before, said]})
-    elif frozen:
+        plan = _with_missing_pooler(model, plan, missing)
+    frozen = _frozen_parts(model, plan, missing)
+    if frozen:
         place, names = next(iter(frozen.items()))
         raise ConfigError(
             f"{', '.join(names[:3])} start from random weights, since the checkpoint lacks them, and the plan leaves "
@@ -283,10 +280,20 @@ def plan_for(
     return plan
 
 
+def _with_missing_pooler(model: nn.Module, plan: StrataConfig, missing: Collection[str]) -> StrataConfig:
+    """A preset's plan with the pooler in full, where that is all that the checkpoint lacks and the plan freezes."""
+    if set(_frozen_parts(model, plan, missing)) != {"pooler"}:
+        return plan
+    said = f"pooler: full for {plan.outside.pooler}, the checkpoint has none, so it starts from random weights"
+    before = list(plan.provenance.get("substitutions", ()))
+    outside = dataclasses.replace(plan.outside, pooler="full")
+    return dataclasses.replace(plan, outside=outside).with_provenance({"substitutions": [*before, said]})
+
+
 def _frozen_parts(model: nn.Module, plan: StrataConfig, missing: Collection[str]) -> dict[str, list[str]]:
     """Part -> missing parameters in it that the plan neither trains nor keeps."""
     found: dict[str, list[str]] = {}
-    for part in resolve(model, plan).parts:
+    for part in resolve(model, plan).parts if missing else ():
         kept = {n for n in part.own if n in part.biases or any(is_inside(n, m) for m in part.saved)}
         lost = [n for n in part.own if n in missing and n not in kept]
         if lost:

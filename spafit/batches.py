@@ -101,11 +101,13 @@ class EpochOrder:
         if self.grouped:
             size = self.batch_size
             together = size * _BATCHES_SORTED_TOGETHER
+            # What is left over comes last, where a loader expects a short batch, and is drawn before any sorting:
+            # otherwise the longest texts would share the short step.
+            order, left_over = np.split(order, [len(order) // size * size])
             parts = [order[i : i + together] for i in range(0, len(order), together)]
             order = np.concatenate([p[np.argsort(self.lengths[p], kind="stable")] for p in parts] or [order])
-            whole = len(order) // size * size  # what is left over stays last, where a loader expects a short batch
-            steps = draw.permutation(order[:whole].reshape(-1, size))
-            order = np.concatenate([steps.ravel(), order[whole:]])
+            steps = draw.permutation(order.reshape(-1, size))
+            order = np.concatenate([steps.ravel(), left_over])
         return iter(order.tolist())
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "spafit_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+#: Ends of class names that one of transformers' Auto classes loads.
+_LOADED_BY_TASK = ("SequenceClassification", "TokenClassification", "MaskedLM", "CausalLM")
 
 
 def save(
@@ -159,6 +161,7 @@ def load(
             offline=offline,
             allow_pickle=allow_pickle,
             dtype=dtype,  # type: ignore[arg-type]
+            restoring=True,
         ).model
     stratified = apply_strata(base, config)
     if dict(stratified.trainable) != content["trainable"]:
@@ -172,8 +175,7 @@ def load(
     if base_digest(stratified) != source["digest"]:
         raise ModelError(
             f"The base is not the one that {folder} was trained on (digest {base_digest(stratified)[:12]}, expected "
-            f"{source['digest'][:12]}). Load {source.get('reference') or 'the same base'}"
-            + (f" at revision {source['revision']}." if source.get("revision") else ", untouched by other training.")
+            f"{source['digest'][:12]}). Use {_said(source)} with its weights as they were before any training."
         )
     try:
         state = load_file(str(folder / WEIGHTS_FILE))
@@ -181,6 +183,17 @@ def load(
         raise ModelError(f"{folder / WEIGHTS_FILE} cannot be read ({error}). Save or copy it again.") from error
     load_state(stratified, state)
     return stratified
+
+
+def _said(source: Mapping[str, Any]) -> str:
+    """A base's name for people."""
+    from spafit.models import DEFAULT_NAME
+
+    reference = source.get("reference")
+    if reference is None:
+        return "the same base"
+    named = f"the built-in {DEFAULT_NAME}" if reference == "default" else str(reference)
+    return f"{named} at revision {source['revision']}" if source.get("revision") else named
 
 
 def load_state(stratified: StratifiedModel, state: Mapping[str, torch.Tensor]) -> None:
@@ -254,12 +267,6 @@ def model_card(
     from spafit import __version__
 
     library = "peft" if stratified.is_adapter else "transformers"
-    loads = (
-        "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, folder)"
-        if stratified.is_adapter
-        else "from transformers import AutoModelForSequenceClassification\n\n"
-        "model = AutoModelForSequenceClassification.from_pretrained(folder)"
-    )
     lines = [
         "---",
         f"library_name: {library}",
@@ -290,15 +297,60 @@ def model_card(
         "## How to load it without spafit",
         "",
         "```python",
-        loads,
+        *_loading_code(stratified),
         "```",
         "",
     ]
     return "\n".join(lines)
 
 
+def _loading_code(stratified: StratifiedModel) -> list[str]:
+    """Python that loads the saved folder with plain ``peft`` and ``transformers``; runs as it stands in the folder."""
+    model = stratified.model.get_base_model() if stratified.is_adapter else stratified.model
+    suffix = type(model).__name__.rpartition("For")[2]
+    auto = f"AutoModelFor{suffix}" if suffix in _LOADED_BY_TASK else "AutoModelForSequenceClassification"
+    use = [
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "",
+        'inputs = tokenizer(["A text.", "Another one."], padding=True, truncation=True, return_tensors="pt")',
+        "print(model(**inputs).logits)",
+    ]
+    where = 'folder = "."  # the folder of this file'
+    if not stratified.is_adapter:
+        return [
+            f"from transformers import {auto}, AutoTokenizer",
+            "",
+            where,
+            f"model = {auto}.from_pretrained(folder).eval()",
+            *use,
+        ]
+    head = []
+    if suffix.endswith("Classification"):
+        config = model.config
+        head = [f"    num_labels={config.num_labels},", f"    id2label={config.id2label!r},"]
+        head.append(f"    label2id={config.label2id!r},")
+        if config.problem_type is not None:
+            head.append(f"    problem_type={config.problem_type!r},")
+    return [
+        "from peft import PeftConfig, PeftModel",
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        where,
+        "config = PeftConfig.from_pretrained(folder)",
+        f"base = {auto}.from_pretrained(",
+        "    config.base_model_name_or_path,",
+        '    revision=config.revision or "main",',
+        *head,
+        ")",
+        "model = PeftModel.from_pretrained(base, folder).eval()",
+        *use,
+    ]
+
+
 def _adapter_config(config: Any) -> dict[str, Any]:
     content = config.to_dict()
+    if content.get("modules_to_save"):  # PEFT adds its own names of a task's head to those that we gave
+        content["modules_to_save"] = list(dict.fromkeys(content["modules_to_save"]))
     return {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in content.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ RUN_COLUMNS = (
     "task", "method", "seed", "split", "metric", "value", "learning_rate", "epochs", "train_items", "trainable",
     "total", "steps", "seconds", "peak_memory_bytes", "saved_bytes",
 )  # fmt: skip
+INTERPOLATION_COLUMNS = ("seed", "share", "split", "metric", "value")
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,16 @@ class FitResult:
         metrics: learning curves; columns :data:`METRIC_COLUMNS`. ``split`` is ``train`` (running loss), ``select``
             (held-out share of the training items) or a reported split.
         runs: one row per seed, reported split and metric; columns :data:`RUN_COLUMNS`.
+        interpolation: scores between start (share 0) and trained weights (share 1), where asked for; columns
+            :data:`INTERPOLATION_COLUMNS`. ``select`` is the held-out share of the training items: choose a share by
+            that one, since the reported splits would otherwise be selected on.
     """
 
     folder: Path
     run: dict[str, Any]
     metrics: pd.DataFrame
     runs: pd.DataFrame
+    interpolation: pd.DataFrame | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> FitResult:
@@ -49,13 +55,16 @@ class FitResult:
         if not (folder / "runs.parquet").is_file():
             raise DataError(f"{folder} holds no finished training (no runs.parquet). Run spafit train with this --out.")
         run = io.read_json(folder / "run.json")
-        return cls(folder, run, io.read_table(folder / "metrics"), io.read_table(folder / "runs"))
+        swept = io.read_table(folder / "interpolation") if (folder / "interpolation.parquet").is_file() else None
+        return cls(folder, run, io.read_table(folder / "metrics"), io.read_table(folder / "runs"), swept)
 
     def save(self, folder: str | Path) -> Path:
         """Write the tables and ``run.json`` (not the models) into ``folder``."""
         folder = Path(folder)
         io.write_table(folder / "metrics", self.metrics)
         io.write_table(folder / "runs", self.runs)
+        if self.interpolation is not None:
+            io.write_table(folder / "interpolation", self.interpolation)
         io.write_json(folder / "run.json", self.run)
         return folder
 
@@ -69,12 +78,19 @@ class FitResult:
         return self.folder / f"seed-{self.seeds[0] if seed is None else seed}" / "model"
 
     def to_pandas(self) -> pd.DataFrame:
-        """Mean and standard deviation over seeds: task, method, split, metric, mean, sd (NaN for one seed), seeds."""
+        """Scores over seeds: task, method, split, metric, mean, sd (NaN for one value), seeds, defined.
+
+        Mean and standard deviation are over the ``defined`` values among those of ``seeds`` runs; a constant
+        prediction's correlation, for instance, is undefined.
+        """
         grouped = self.runs.groupby(["task", "method", "split", "metric"], sort=False)["value"]
-        return grouped.agg(mean="mean", sd="std", seeds="size").reset_index()
+        return grouped.agg(mean="mean", sd="std", seeds="size", defined="count").reset_index()
 
     def to_markdown(self) -> str:
-        """The table of a paper: one row per split and metric, mean ± sd over seeds, with parameters and cost."""
+        """The table of a paper: one row per split and metric, mean ± sd over seeds, with parameters and cost.
+
+        Where some seeds' values are undefined, the score is of the others and says how many they are.
+        """
         first = self.runs.drop_duplicates("seed")
         lines = [
             "| task | method | split | metric | score | trained | seconds | peak memory |",
@@ -84,23 +100,48 @@ class FitResult:
             f"{int(first['trainable'].iloc[0]):,} ({100 * first['trainable'].iloc[0] / first['total'].iloc[0]:.2f} %)"
         )
         table = self.to_pandas()
-        if table["metric"].nunique() == 2:  # one metric and the headline that repeats it
+        names = [m for m in table["metric"].unique() if m != "headline"]
+        if len(names) == 1:  # the headline repeats it
             table = table[table["metric"] != "headline"]
         for row in table.to_dict("records"):
-            spread = f" ± {row['sd']:.3f}" if row["seeds"] > 1 else ""
-            score = f"{row['mean']:.3f}{spread} (n = {row['seeds']})"
+            metric = _metric(row["metric"], names)
             lines.append(
-                f"| {row['task']} | {row['method']} | {row['split']} | {row['metric']} | {score} | {trained} | "
+                f"| {row['task']} | {row['method']} | {row['split']} | {metric} | {_score(row)} | {trained} | "
                 f"{first['seconds'].mean():.0f} | {first['peak_memory_bytes'].max() / 1e9:.2f} GB |"
             )
         return "\n".join(lines)
 
+    def interpolation_to_markdown(self) -> str:
+        """Headline by share of the way from start to trained, mean ± sd over seeds; a column per split.
+
+        Raises:
+            DataError: nothing was interpolated.
+        """
+        if self.interpolation is None:
+            raise DataError("This run scored no interpolations. Train with the setting interpolate.")
+        rows = self.interpolation[self.interpolation["metric"] == "headline"]
+        table = rows.groupby(["share", "split"], sort=False)["value"].agg(["mean", "std"])
+        splits = list(rows["split"].unique())
+        lines = [
+            "| share of the training | " + " | ".join("held out" if s == "select" else str(s) for s in splits) + " |",
+            "|---" * (1 + len(splits)) + "|",
+        ]
+        for share in rows["share"].unique():
+            cells = [table.loc[(share, s)] for s in splits]
+            shown = [f"{c['mean']:.3f}" + (f" ± {c['std']:.3f}" if len(self.seeds) > 1 else "") for c in cells]
+            lines.append(f"| {share:g} | " + " | ".join(shown) + " |")
+        return "\n".join(lines)
+
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Learning curves: training loss by step and each scored split's headline, a thin line per seed."""
+        """Learning curves: training loss by step, and the score on held-out training items; a line per seed."""
+        import seaborn as sns
+        from matplotlib.ticker import MaxNLocator
+
         from spafit.plotting import new_figure
 
         if ax is None:
             ax = new_figure(width=6.4, height=3.6).add_subplot()
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         loss = self.metrics[(self.metrics["split"] == "train") & (self.metrics["metric"] == "loss")]
         for n, (_, rows) in enumerate(loss.groupby("seed")):
             label = "training loss" if n == 0 else None
@@ -110,10 +151,12 @@ class FitResult:
         scored = self.metrics[(self.metrics["metric"] == "headline") & (self.metrics["split"] == "select")]
         if len(scored):
             other = ax.twinx()
-            for n, (_, rows) in enumerate(scored.groupby("seed")):
-                label = "score on held-out training items" if n == 0 else None
-                other.plot(rows["step"], rows["value"], "o-", color="#0072B2", linewidth=1.2, markersize=3, label=label)
-            other.set_ylabel("score")
+            colours = sns.color_palette("colorblind", len(self.seeds))
+            for colour, (seed, rows) in zip(colours, scored.groupby("seed"), strict=False):
+                label = f"seed {seed}, held-out training items"
+                other.plot(rows["step"], rows["value"], "o-", color=colour, linewidth=1.2, markersize=3, label=label)
+            names = [m for m in self.runs["metric"].unique() if m != "headline"]
+            other.set_ylabel(f"mean of {' and '.join(names)}" if len(names) > 1 else names[0])
         lines = [line for axes in ax.get_figure(root=True).axes for line in axes.get_lines()]  # type: ignore[union-attr]
         named = [line for line in lines if not str(line.get_label()).startswith("_")]
         if named:  # a run shorter than the logging interval has no rows of training loss
@@ -121,5 +164,21 @@ class FitResult:
         ax.set_title(f"{self.run['task']}, {self.run['method']}")
         return ax
 
+    def __repr__(self) -> str:
+        return f"FitResult({str(self.folder)!r}, {len(self.seeds)} seeds)\n{self.to_markdown()}"
+
     def _repr_html_(self) -> str:
         return str(self.to_pandas().round(4).to_html(index=False))
+
+
+def _metric(name: Hashable, names: Sequence[str]) -> str:
+    return f"headline: mean of {' and '.join(names)}" if name == "headline" else str(name)
+
+
+def _score(row: Mapping[Hashable, Any]) -> str:
+    seeds = f"{row['seeds']} seed{'s' * (row['seeds'] != 1)}"
+    count = seeds if row["defined"] == row["seeds"] else f"defined for {row['defined']} of {seeds}"
+    if not row["defined"]:
+        return f"undefined ({count})"
+    spread = f" ± {row['sd']:.3f}" if row["defined"] > 1 else ""
+    return f"{row['mean']:.3f}{spread} ({count})"

@@ -68,7 +68,7 @@ def make_cell(context: Context, task: str, method: GlueMethod, data: TrainData) 
     strata = method.strata.to_dict() if isinstance(method.strata, StrataConfig) else method.strata
     key = io.content_digest(
         [NUMBERS_VERSION, plan.model, plan.revision, _stamp(plan.model), method.name, strata, settings.to_dict(),
-         data.digest, plan.seeds, context.device]
+         data.digest, plan.seeds, context.device, [repr(r) for r in method.remedies()]]
     )  # fmt: skip
     return Cell(task, method, settings, data, context.folder / task / method.folder, key)
 
@@ -152,7 +152,8 @@ def _fit(cell: Cell, seeds: tuple[int, ...], context: Context, *, resume: bool, 
     return fit(
         plan.model, cell.method.strata, data=cell.data, settings=cell.settings, seeds=seeds, out=cell.folder,
         method=cell.method.name, device=context.device, revision=plan.revision, offline=context.offline,
-        allow_pickle=context.allow_pickle, resume=resume, command=context.command, quiet=quiet,
+        allow_pickle=context.allow_pickle, remedies=cell.method.remedies(),
+        resume=resume, command=context.command, quiet=quiet,
     )  # fmt: skip
 
 

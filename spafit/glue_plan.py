@@ -8,18 +8,21 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files as resources
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 from spafit.data.glue_tasks import GLUE_TASKS, glue_task
-from spafit.errors import ConfigError, UsageError, did_you_mean
+from spafit.errors import ConfigError, SpafitError, UsageError, did_you_mean
 from spafit.fields import FieldError, FieldPath, Origin, choice, integer, number, text
 from spafit.presets import preset_config
 from spafit.settings import TrainSettings
 from spafit.strata import StrataConfig
 from spafit.strata_files import _build, _fields, _list, _Loader
 from spafit.stratum import LINEAR_ROLES
+
+if TYPE_CHECKING:
+    from spafit.retain import PricedRemedy
 
 SCHEMA_VERSION = 1
 #: The tasks of the benchmark's average, in the benchmark's order. AX is answered by the model of ``mnli``.
@@ -40,17 +43,27 @@ class GlueMethod:
         strata: a preset's name, or a plan from a file.
         settings: fields of :class:`TrainSettings` that this method sets.
         task_settings: the same by task.
+        retain: remedies against forgetting, as :func:`spafit.retain.parse_remedy` reads them.
+        place: what their files are relative to.
     """
 
     name: str
     strata: StrataConfig | str
     settings: Mapping[str, Any] = field(default_factory=dict)
     task_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    retain: tuple[str, ...] = ()
+    place: Path = Path()
 
     @property
     def folder(self) -> str:
         """The name as a folder."""
         return self.name.replace(":", "-")
+
+    def remedies(self) -> list[PricedRemedy]:
+        """Fresh remedies for one run."""
+        from spafit.retain import parse_remedy
+
+        return [parse_remedy(text, folder=self.place) for text in self.retain]
 
 
 @dataclass(frozen=True)
@@ -223,7 +236,7 @@ def _method(entry: Any, path: FieldPath, folder: Path) -> GlueMethod:
         strata_path = path
     else:
         strata_path = (*path, "strata")
-    got = _fields(entry, path, ("strata",), ("name", "settings", "task_settings"), None)
+    got = _fields(entry, path, ("strata",), ("name", "settings", "task_settings", "retain"), None)
     wanted = text(got["strata"], strata_path)
     strata: StrataConfig | str = wanted
     if wanted.endswith((".yaml", ".yml", ".json")):
@@ -238,12 +251,20 @@ def _method(entry: Any, path: FieldPath, folder: Path) -> GlueMethod:
         raise FieldError(
             (*path, "name"), f"{name!r} names a folder: letters, digits, and . _ : + - after the first one."
         )
-    return GlueMethod(
+    texts = _list(got.get("retain", []), (*path, "retain"))
+    method = GlueMethod(
         name,
         strata,
         _settings(got.get("settings", {}), (*path, "settings")),
         _by_task(got.get("task_settings", {}), (*path, "task_settings")),
+        tuple(text(t, (*path, "retain", i)) for i, t in enumerate(texts)),
+        folder,
     )
+    try:
+        method.remedies()
+    except SpafitError as error:
+        raise FieldError((*path, "retain"), str(error)) from None
+    return method
 
 
 def _check_preset(name: str, path: FieldPath) -> None:
@@ -321,7 +342,8 @@ def _value(value: Any, path: FieldPath, kind: Any) -> Any:
             value = "on" if value else "off"
         return choice(value, path, options, str(path[-1]))
     if get_origin(kind) is tuple:
-        return tuple(text(v, (*path, i)) for i, v in enumerate(_list(value, path)))
+        items = [(v, (*path, i)) for i, v in enumerate(_list(value, path))]
+        return tuple(text(v, p) if options[0] is str else float(number(v, p)) for v, p in items)
     if type(None) in options:
         return None if value is None else _value(value, path, next(o for o in options if o is not type(None)))
     if kind is bool:

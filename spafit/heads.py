@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from spafit.class_names import are_placeholders, places_of
 from spafit.errors import ModelError
-from spafit.hub import config_folder, locate, quiet
+from spafit.hub import Located, config_folder, locate, quiet, read_config
 from spafit.loading import adapter_base, from_files, load_tokenizer
 from spafit.models import DEFAULT_NAME, default_model_path
 
@@ -63,8 +64,14 @@ def load_with_head(
     offline: bool = False,
     allow_pickle: bool = False,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    restoring: bool = False,
 ) -> HeadedModel:
     """Load a model for training.
+
+    A head of the checkpoint's own is trained on, never replaced, so it has to have the data's classes in the data's
+    order. Names such as ``LABEL_0`` say nothing and fit any classes; case makes no difference. A head for other
+    classes is refused, whatever their number: with other names its weights would stand for what they were not
+    trained on. What goes from one task to another is the backbone.
 
     Args:
         reference: hub id, folder or GGUF file of a plain model; None or ``default`` for the built-in one.
@@ -76,9 +83,12 @@ def load_with_head(
         offline: never ask the hub.
         allow_pickle: accept pickle weights (read with ``weights_only``).
         dtype: precision of the weights.
+        restoring: what was trained before is loaded again; ``labels`` are those that it was trained on, and the
+            names of the base's own head do not count.
 
     Raises:
-        ModelError: there is no such model, it has an adapter, or its own head has other classes.
+        ModelError: there is no such model, it has an adapter, or its own head has other classes, or the same ones in
+            another order.
         HubError: the hub did not answer, refused, or does not have it.
     """
     import transformers
@@ -122,6 +132,10 @@ def load_with_head(
             ) from error
         raise
     missing = sorted(info["missing_keys"])
+    if labels is not None and not regression and not restoring and found.kind != "gguf":
+        prefix = f"{model.base_model_prefix}."
+        if all(name.startswith(prefix) for name in missing):  # the head is the checkpoint's own
+            _check_head_labels(found, labels, said)
     notes = []
     if missing:
         notes.append(f"{len(missing)} tensors start from random weights (seed {seed}): {', '.join(missing[:4])}")
@@ -129,6 +143,27 @@ def load_with_head(
     if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return HeadedModel(model, tokenizer, name, said, found.revision, found.folder, head, tuple(missing), tuple(notes))
+
+
+def _check_head_labels(found: Located, labels: Sequence[str], said: str) -> None:
+    """Refuse a head whose classes have real names and are not the data's, in this order."""
+    named = read_config(found.folder / "config.json").get("id2label") or {}
+    own = [str(name) for _, name in sorted(named.items(), key=lambda item: int(item[0]))]
+    if not own or are_placeholders(own):
+        return
+    places = places_of(labels, own)
+    if places is None:
+        raise ModelError(
+            f"{said} has a head of its own for the classes {', '.join(own[:20])}, and the data have "
+            f"{', '.join(labels[:20])}. Use its backbone (save it with transformers' AutoModel), or data with the same "
+            "classes."
+        )
+    if places != list(range(len(own))):
+        raise ModelError(
+            f"{said} has a head of its own for the classes in the order {', '.join(own[:20])}, and the data have them "
+            f"in the order {', '.join(labels[:20])}. Give the data's labels in the head's order, or use its backbone "
+            "(save it with transformers' AutoModel)."
+        )
 
 
 def build_without_weights(

@@ -146,6 +146,23 @@ def compute_metrics(names: str | Sequence[str], predictions: ArrayLike, labels: 
     return result
 
 
+def mean_loss(logits: NDArray[Any], labels: NDArray[Any], *, regression: bool) -> float:
+    """Mean negative log-likelihood in nats, or mean squared error of a regression.
+
+    Args:
+        logits: shape (items, classes), or (items, 1) of a regression.
+        labels: codes or values, shape (items,).
+        regression: which of the two.
+    """
+    from scipy.special import log_softmax
+
+    values = np.asarray(logits, dtype=np.float64)
+    if regression:
+        return float(np.mean((values.reshape(-1) - labels) ** 2))
+    shares = log_softmax(values, axis=1)
+    return float(-np.mean(shares[np.arange(len(shares)), np.asarray(labels).astype(np.int64)]))
+
+
 def headline(metrics: Mapping[str, float], names: Sequence[str]) -> float:
     """Return the task's one number: the mean of its metrics, as the GLUE benchmark averages them (Wang et al. 2019).
 

@@ -19,6 +19,8 @@ from spafit.fit_result import METRIC_COLUMNS
 from spafit.runtime import Progress
 
 STATE_FILE = "trainer_state.json"
+#: What the best checkpoint is chosen by; see :mod:`spafit.seed_run`. Not a metric of the tables.
+SELECTION = "selection"
 
 
 class StepMonitor(TrainerCallback, ExportableState):
@@ -26,7 +28,7 @@ class StepMonitor(TrainerCallback, ExportableState):
 
     Memory is the device's where it is a GPU; on the CPU the process's resident size, seen at the end of each step, so
     it includes the model and everything else that the process holds. Seconds and memory are kept in each checkpoint,
-    so that a resumed run adds them up.
+    so that a resumed run adds them up. The clock stops where training ends, before anything is scored.
 
     Args:
         resumed_from: checkpoint that the run goes on from, or None.
@@ -50,7 +52,7 @@ class StepMonitor(TrainerCallback, ExportableState):
 
     @property
     def seconds(self) -> float:
-        """Seconds of training so far, evaluations and those before an interruption included."""
+        """Seconds of training so far: set-up, evaluations and those before an interruption included."""
         return self._seconds_before + (0.0 if self._begun is None else time.perf_counter() - self._begun)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -60,6 +62,14 @@ class StepMonitor(TrainerCallback, ExportableState):
             torch.cuda.reset_peak_memory_stats()
         self._progress = Progress(f"Training {state.max_steps} steps", state.max_steps, quiet=self.quiet).__enter__()
         self._progress.advance(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock."""
+        self._seconds_before, self._begun = self.seconds, None
+
+    def add_setup(self, seconds: float) -> None:
+        """Count what comes before the first step: the prefix cache, and what remedies prepare."""
+        self._seconds_before += seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance, look at the memory, and have the last step logged."""
@@ -91,7 +101,7 @@ class StepMonitor(TrainerCallback, ExportableState):
                 continue
             for key, value in sorted(entry.items()):  # checkpoints sort them, too
                 split, metric = ("select", key.removeprefix("eval_")) if key.startswith("eval_") else ("train", key)
-                if metric in ("step", "epoch", "runtime") or metric.endswith("_per_second"):
+                if metric in ("step", "epoch", "runtime", SELECTION) or metric.endswith("_per_second"):
                     continue
                 rows.append(
                     {

@@ -11,25 +11,25 @@ from spafit.errors import ConfigError, did_you_mean
 from spafit.strata import StrataConfig
 from spafit.stratum import LINEAR_ROLES, ROLES, LoraOptions, Outside, Stratum
 
-#: All names; N1, N2 and K are numbers of blocks, SEED is a whole number, PRESET is any of these names.
-PRESETS = (
-    "full",
-    "head",
-    "bitfit",
-    "norm",
-    "lora",
-    "lora-all-linear",
-    "last-K",
-    "thirds",
-    "spafit-scaled-I",
-    "spafit-scaled-II",
-    "spafit-N1-N2-I",
-    "spafit-N1-N2-II",
-    "count-only:PRESET",
-    "reversed:PRESET",
-    "random:PRESET:SEED",
-    "lora-matched:PRESET",
-)
+#: All names and what they do; N1, N2 and K are numbers of blocks, SEED is a whole number, PRESET is any of these names.
+PRESETS = {
+    "full": "everything trains",
+    "head": "only the task's head trains",
+    "bitfit": "every bias trains, and the head",
+    "norm": "every norm trains, and the head",
+    "lora": "LoRA, rank 64, on query, key and value of every block",
+    "lora-all-linear": "LoRA on every linear layer of every block",
+    "last-K": "the last K blocks and what follows them train fully",
+    "thirds": "SPAFIT's three methods on thirds of the depth",
+    "spafit-scaled-I": "SPAFIT's boundaries 4-9 of 24 at this model's depth; LoRA on query, key, value",
+    "spafit-scaled-II": "the same, LoRA on the attention's output, too",
+    "spafit-N1-N2-I": "frozen up to block N1, biases up to block N2, then LoRA on query, key, value and some biases",
+    "spafit-N1-N2-II": "the same, LoRA on the attention's output, too",
+    "count-only:PRESET": "as many trained blocks as PRESET has, the last ones, all as its third stratum",
+    "reversed:PRESET": "PRESET's strata in the opposite order of depth",
+    "random:PRESET:SEED": "PRESET's blocks with their methods dealt out at random",
+    "lora-matched:PRESET": "LoRA on all blocks at the rank that comes nearest to PRESET's parameter count",
+}
 #: Biases that train in SPAFIT's third stratum: those of the feed-forward sub-layer, not the attention's.
 THIRD_STRATUM_BIASES = ("intermediate", "output", "output_norm")
 TARGETS = {"I": ("query", "key", "value"), "II": ("query", "key", "value", "attention_output")}

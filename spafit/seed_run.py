@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from spafit import io
 from spafit.data.sampling import hold_out
 from spafit.data.training import TrainData
 from spafit.errors import OutputError
-from spafit.fit_result import RUN_COLUMNS
+from spafit.fit_result import INTERPOLATION_COLUMNS, RUN_COLUMNS
 from spafit.predictions import predict_logits, predicted, write_scores
 from spafit.processes import Processes
 from spafit.runtime import Progress, provenance, stderr_console
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
     from spafit.retain import PricedRemedy
 
 #: Raised by one whenever the same inputs would give other numbers, so that older finished seeds are trained again.
-NUMBERS_VERSION = 2
+NUMBERS_VERSION = 3
+#: Settings that change no number.
+_NOT_NUMERIC = ("track", "log_steps", "workers")
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
         stratified = apply_strata(headed.model, plan)
     content = plan.to_dict()
     content.pop("provenance", None)
-    numeric = {k: v for k, v in settings.to_dict().items() if k not in ("track", "log_steps", "workers")}
+    numeric = {k: v for k, v in settings.to_dict().items() if k not in _NOT_NUMERIC}
     kind = processes.device.partition(":")[0]
     key = io.content_digest(
         [
@@ -99,16 +102,35 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
         ]
     )
     record = folder / "run.json"
+    run: dict[str, Any] = {
+        "schema_version": io.SCHEMA_VERSION,
+        "command": job.command,
+        "status": "running",
+        "key": key,
+        "seed": seed,
+        "model": {"name": headed.name, "reference": headed.reference, "revision": headed.revision},
+        "plan": plan.to_dict(),
+        "settings": settings.to_dict(),
+        "remedies": [repr(r) for r in job.remedies],
+        "data": data.digest,
+        "trainable": stratified.trainable_parameters(),
+        "total": stratified.total_parameters(),
+        "device": kind,
+        "processes": processes.count,
+        "notes": [*headed.notes, *stratified.plan.notes],
+        **provenance(),
+    }
     if not job.resume and folder.exists():
         _start_over(folder, processes)
     if record.exists():
         before = io.read_json(record)
         if before["key"] != key:
             raise OutputError(
-                f"{folder} holds a run with other settings, plan, data, model or number of processes. Choose another "
-                "--out, or start over with --no-resume."
+                f"{folder} holds another run: {_difference(before, run)}. Choose another --out, or start over with "
+                "--no-resume."
             )
         if before["status"] == "complete":
+            stderr_console(quiet=job.quiet).print(f"Seed {seed}: finished earlier, kept as it is")
             return _finished(folder, kept=True)
     reference = headed.reference
     if reference != "default" and Path(reference).expanduser().exists():
@@ -120,24 +142,8 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
         "head": headed.head,
         "labels": None if data.labels is None else list(data.labels),
         "regression": data.regression,
+        "paired": data.paired,
         "digest": base_digest(stratified),
-    }
-    run: dict[str, Any] = {
-        "schema_version": io.SCHEMA_VERSION,
-        "command": job.command,
-        "status": "running",
-        "key": key,
-        "seed": seed,
-        "model": {"name": headed.name, "reference": headed.reference, "revision": headed.revision},
-        "plan": plan.to_dict(),
-        "settings": settings.to_dict(),
-        "remedies": [repr(r) for r in job.remedies],
-        "trainable": stratified.trainable_parameters(),
-        "total": stratified.total_parameters(),
-        "device": kind,
-        "processes": processes.count,
-        "notes": [*headed.notes, *stratified.plan.notes],
-        **provenance(),
     }
     processes.wait()  # no process may see the record of this very call as an earlier one's
     if processes.first:
@@ -149,6 +155,20 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
     _release(kind)
     processes.wait()
     return _finished(folder, kept=False)
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between the record of a folder's run and that of this call, for people."""
+    now = io.plain(now)  # as it would be read back
+    old, new = before["settings"], now["settings"]
+    found = [f"{k} {old.get(k)!r}, not {v!r}" for k, v in new.items() if old.get(k) != v and k not in _NOT_NUMERIC]
+    plans = [{k: v for k, v in record["plan"].items() if k != "provenance"} for record in (before, now)]
+    found += ["another plan"] if plans[0] != plans[1] else []
+    found += [f"model {before['model']['name']}"] if before["model"] != now["model"] else []
+    for part in ("remedies", "device", "processes"):
+        found += [f"{part} {before.get(part)!r}, not {now[part]!r}"] if before.get(part) != now[part] else []
+    found += ["other data"] if before.get("data") != now["data"] else []
+    return "; ".join(found) or "made by another version of this package, or from other weights"
 
 
 def _start_over(folder: Path, processes: Processes) -> None:
@@ -168,6 +188,9 @@ def _finished(folder: Path, *, kept: bool) -> dict[str, Any]:
         "run": io.read_json(folder / "run.json"),
         "rows": io.read_table(folder / "runs"),
         "metrics": io.read_table(folder / "metrics"),
+        "interpolation": io.read_table(folder / "interpolation")
+        if (folder / "interpolation.parquet").is_file()
+        else None,
         "kept": kept,
     }
 
@@ -202,7 +225,9 @@ def _write(
         base=headed.reference if headed.reference != "default" else headed.name,
         task=data.name,
         scores={f"{s} {m}": v for s, found in done["scores"].items() for m, v in found.items()},
-        settings={k: v for k, v in settings.to_dict().items() if v not in (None, (), False)},
+        settings={k: v for k, v in settings.to_dict().items() if v not in (None, (), False)}
+        | {f"remedy {i + 1}": remedy for i, remedy in enumerate(run["remedies"])}
+        | {"training items": done["train_items"]},
         command=job.command,
         notes=run["notes"],
     )
@@ -223,6 +248,8 @@ def _write(
     ]
     io.write_table(folder / "runs", pd.DataFrame(rows)[list(RUN_COLUMNS)])
     io.write_table(folder / "metrics", done["metrics"])
+    if len(done["interpolation"]):
+        io.write_table(folder / "interpolation", done["interpolation"])
     more = {"prefix_cache": done["prefix_cache"], "remedy_price": done["price"], "best_step": done["best_step"]}
     io.write_json(folder / "run.json", {**run, "status": "complete", **more})
     _remove_state(folder)
@@ -243,13 +270,18 @@ def _run(
 
     from spafit.batches import encode
     from spafit.data.sampling import class_weights
-    from spafit.metrics import compute_metrics, headline
-    from spafit.monitor import StepMonitor
-    from spafit.retain import prices
+    from spafit.metrics import compute_metrics, headline, mean_loss
+    from spafit.monitor import SELECTION, StepMonitor
+    from spafit.retain import interpolate, prices, snapshot
+    from spafit.retain.interpolation import check_line
     from spafit.runtime import seed_sequence, torch_seed
     from spafit.trainer import StratifiedTrainer, is_finished, last_checkpoint, training_arguments
 
     data, device = job.data, job.processes.device
+    if settings.interpolate:
+        check_line(stratified)
+    # A wrapped model keeps its start itself.
+    start = snapshot(stratified) if settings.interpolate and not stratified.is_adapter else None
     kept, held = hold_out(data.frames["train"], settings.select_share, seed=seed, most=settings.max_train)
     positions = getattr(stratified.model.config, "max_position_embeddings", None) or settings.max_length
 
@@ -263,29 +295,38 @@ def _run(
         found = compute_metrics(data.metrics, predicted(logits, regression=data.regression), labels)
         return {**found, "headline": headline(found, data.metrics)}
 
+    def selection(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """The scores, and what the checkpoint is chosen by: the headline, and among equal ones the loss."""
+        found = score(logits, labels)
+        return {**found, SELECTION: found["headline"] - 1e-6 * mean_loss(logits, labels, regression=data.regression)}
+
     train, select = encoded_of(kept, "training"), encoded_of(held, "held-out")
     weights = None
     if settings.class_weights:
         counted = class_weights(kept["label"], n_classes=len(data.labels or ()))
         weights = torch.as_tensor(counted, dtype=torch.float32)
     last = last_checkpoint(folder)
+    console = stderr_console(quiet=job.quiet)
+    console.print(f"Seed {seed}: " + (f"{len(train)} training items" if last is None else f"goes on from {last.name}"))
     monitor = StepMonitor(last, patience=settings.patience, quiet=job.quiet)
     with torch_seed(seed, "training"), _own_state():
         arguments = training_arguments(settings, folder, seed=seed, device=device, select=len(select) > 0)
         stratified.model.to(device)
         mixed = torch.autocast(device.partition(":")[0], dtype=torch.bfloat16) if arguments.bf16 else nullcontext()
+        begun = time.perf_counter()
         with mixed:
             cache, said = _prefix_cache(job, stratified, train, tokenizer, settings, folder)
         if said:
             notes.append(said)
         for remedy in job.remedies:
             remedy.prepare(stratified, tokenizer, max_length=settings.max_length, device=device)
+        monitor.add_setup(time.perf_counter() - begun)
         if settings.checkpoint_activations:
             from spafit.activations import checkpoint_trained_blocks
 
             checkpoint_trained_blocks(stratified)
         trainer = StratifiedTrainer(
-            stratified, settings, arguments, train=train, select=select, tokenizer=tokenizer, metrics=score,
+            stratified, settings, arguments, train=train, select=select, tokenizer=tokenizer, metrics=selection,
             cache=cache, remedies=job.remedies, weights=weights, base=base, callbacks=[monitor],
         )  # fmt: skip
         # Each process draws dropout of its own; the Trainer has just seeded them all alike.
@@ -301,17 +342,34 @@ def _run(
             if cache is not None:
                 cache.close()
     stratified.check()
+    if arguments.bf16:  # what is reported is what the saved model gives when it is loaded: float32
+        trainer.accelerator.unwrap_model(stratified.model, keep_fp32_wrapper=False)
     logits: dict[str, np.ndarray] = {}
-    scores: dict[str, dict[str, float]] = {}
-    for split in data.scored_splits:
-        encoded = encoded_of(data.frames[split], split)
-        assert encoded.labels is not None
-        logits[split] = predict_logits(stratified.model, encoded, tokenizer, batch_size=4 * settings.batch_size)
-        scores[split] = score(logits[split], encoded.labels)
     state = trainer.state
+    best = state.best_global_step or state.global_step
+    if len(select):
+        notes.append(f"seed {seed}: step {best} of {state.global_step} kept, chosen on {len(select)} held-out items")
+    if state.global_step < state.max_steps:
+        notes.append(f"seed {seed}: stopped early, at step {state.global_step} of {state.max_steps}")
+    console.print(f"Seed {seed}: scoring {sum(len(data.frames[s]) for s in data.scored_splits)} items")
+    scored = {split: encoded_of(data.frames[split], split) for split in data.scored_splits}
+
+    def scores_of(split: str, items: EncodedTexts) -> dict[str, float]:
+        assert items.labels is not None
+        logits[split] = predict_logits(stratified.model, items, tokenizer, batch_size=4 * settings.batch_size)
+        return score(logits[split], items.labels)
+
+    swept = []
+    for share in settings.interpolate:
+        with interpolate(stratified, share, start=start, head="trained"):
+            for split, items in {"select": select, **scored}.items():
+                if len(items):
+                    swept += [(seed, share, split, m, v) for m, v in scores_of(split, items).items()]
+    logits.clear()
+    scores = {split: scores_of(split, items) for split, items in scored.items()}
     final = pd.DataFrame(
         [
-            {"seed": seed, "step": state.best_global_step or state.global_step, "epoch": float(state.epoch or 0),
+            {"seed": seed, "step": best, "epoch": float(state.epoch or 0),
              "split": split, "metric": metric, "value": value}
             for split, found in scores.items() for metric, value in found.items()
         ],
@@ -320,12 +378,13 @@ def _run(
         "train_items": len(train),
         "window": train.window,
         "steps": state.global_step,
-        "best_step": state.best_global_step or state.global_step,
+        "best_step": best,
         "seconds": monitor.seconds,
         "peak_memory_bytes": monitor.peak_bytes,
         "logits": logits,
         "scores": scores,
         "metrics": pd.concat([monitor.table(state.log_history, seed=seed), final], ignore_index=True),
+        "interpolation": pd.DataFrame(swept, columns=list(INTERPOLATION_COLUMNS)),
         "prefix_cache": None if cache is None else {"bytes": cache.bytes},
         "price": prices(job.remedies).to_dict("records") if job.remedies else [],
     }

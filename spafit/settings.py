@@ -43,6 +43,8 @@ class TrainSettings:
         prefix_dropout: leave dropout on in the frozen prefix and the embeddings; the cache needs it off.
         checkpoint_activations: recompute the activations of trained blocks in the backward pass to save memory.
         save_steps: a checkpoint every so many steps; None: after each epoch.
+        interpolate: shares of the way from the start (0) to the trained weights (1) that are scored after training, the
+            head as trained; see :mod:`spafit.retain.interpolation`.
         log_steps: a row of training loss every so many steps.
         workers: processes that prepare batches.
         track: experiment trackers that the Trainer reports to, of :data:`TRACKERS`.
@@ -67,6 +69,7 @@ class TrainSettings:
     prefix_dropout: bool = False
     checkpoint_activations: bool = False
     save_steps: int | None = None
+    interpolate: tuple[float, ...] = ()
     log_steps: int = 10
     workers: int = 0
     track: tuple[str, ...] = field(default_factory=tuple)
@@ -88,6 +91,9 @@ class TrainSettings:
             raise UsageError(
                 f"warmup and select_share are shares, at least 0 and below 1; got {self.warmup}, {self.select_share}."
             )
+        if any(isinstance(s, bool) or not 0 <= s <= 1 for s in self.interpolate):
+            got = ", ".join(map(str, self.interpolate))
+            raise UsageError(f"interpolate holds shares between 0 (start) and 1 (trained); got {got}.")
         if self.patience and not self.select_share:
             raise UsageError(
                 "patience needs items to watch: set select_share above 0 (stopping early on the reported split would "

@@ -16,7 +16,7 @@ from spafit import checkpoint, io
 from spafit.adapt import StratifiedModel, canonical_name, canonical_parameters
 from spafit.batches import Collator, EncodedTexts, EpochOrder
 from spafit.errors import ModelError, NumericalError, OutputError, UsageError
-from spafit.monitor import STATE_FILE, exhausted
+from spafit.monitor import SELECTION, STATE_FILE, exhausted
 from spafit.prefix import PrefixCache
 from spafit.resolve import whole_modules
 from spafit.retain import PricedRemedy
@@ -50,10 +50,10 @@ class _NewOrder(TrainerCallback):
 class StratifiedTrainer(Trainer):
     """Transformers' Trainer with the plan's mask, rates, checkpoints and losses.
 
-    What differs: parameter groups follow the plan's parts; the frozen prefix runs without dropout, or is read from a
-    cache; remedies add to the loss; weights of classes leave the loss a mean over items, whatever the batches; the
-    order of the items depends on seed and epoch alone; a loss that is not finite stops the run; checkpoints hold what
-    trained, and never weights that are not finite.
+    What differs: parameter groups follow the plan's parts; the frozen prefix runs without dropout, or is read from
+    a cache; remedies add to the loss; the loss of a step is the mean over its items, however they are spread over
+    micro-batches, and weights of classes leave it one; the order of the items depends on seed and epoch alone; a
+    loss that is not finite stops the run; checkpoints hold what trained, and never weights that are not finite.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class StratifiedTrainer(Trainer):
         self.add_callback(_RankAllocation())
         self.remove_callback(PrinterCallback)  # it writes to stdout, which is for results
         self.model_accepts_loss_kwargs = False
+        self._items_per_batch = 0.0  # the mean over the micro-batches of the step
         if self.is_fsdp_enabled and self.remedies:
             raise UsageError(
                 f"{self.remedies[0].name} compares whole parameters with the start, and FSDP gives each process a "
@@ -161,6 +162,9 @@ class StratifiedTrainer(Trainer):
         else:
             loss = outputs.loss
         if training:
+            if index is not None and self._items_per_batch:
+                # The Trainer averages over micro-batches; an epoch's last one is shorter, and its items weigh no more.
+                loss = loss * (len(index) / self._items_per_batch)
             for remedy in self.remedies:
                 extra = remedy.loss(self.stratified, self.state.global_step)
                 self.remedy_losses.setdefault(remedy.name, []).append(extra.detach())
@@ -169,6 +173,12 @@ class StratifiedTrainer(Trainer):
                 step = self.state.global_step + 1
                 raise self._diverged(f"The loss is not finite ({float(loss.detach())}) at step {step}")
         return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of one step; the mean number of items among them is noted for the loss."""
+        batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._items_per_batch = float(np.mean([len(b["index"]) for b in batches])) if batches else 0.0
+        return batches, counted
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each remedy's term since the last row to a row of training loss."""
@@ -347,7 +357,7 @@ def training_arguments(
         save_steps=settings.save_steps or 500,
         save_total_limit=2,
         load_best_model_at_end=select,
-        metric_for_best_model="headline" if select else None,
+        metric_for_best_model=SELECTION if select else None,
         greater_is_better=True if select else None,
         logging_strategy="steps",
         logging_steps=settings.log_steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import pandas as pd
 from spafit import io
 from spafit.data.training import TrainData
 from spafit.errors import DataError, OutputError, UsageError, did_you_mean
-from spafit.fit_result import METRIC_COLUMNS, RUN_COLUMNS, FitResult
+from spafit.fit_result import INTERPOLATION_COLUMNS, METRIC_COLUMNS, RUN_COLUMNS, FitResult
 from spafit.metrics import METRICS
 from spafit.processes import joined
 from spafit.runtime import provenance
@@ -57,7 +58,7 @@ def fit(
         seeds: one run each.
         out: output folder.
         remedies: what holds on to knowledge while training; see :mod:`spafit.retain`.
-        method: what tables call the plan; by default the preset's name or the plan's source.
+        method: what tables call the plan; by default the preset's name or the plan's source, and the remedies.
         device: kind of torch device; ``auto`` takes the first of cuda, mps, cpu.
         revision: branch, tag or commit of a hub model.
         offline: never ask the hub.
@@ -75,7 +76,8 @@ def fit(
     if not seeds or len(set(seeds)) != len(seeds):
         raise UsageError(f"seeds must be different numbers, at least one; got {list(seeds)}.")
     settings.check_trackers()
-    name = method or (config if isinstance(config, str) else str(config.provenance.get("source", "own plan")))
+    plan_name = config if isinstance(config, str) else str(config.provenance.get("source", "own plan"))
+    name = method or " + ".join([plan_name, *(r.name for r in remedies)])
     processes = joined(device)
     if processes.first:
         _check_writable(Path(out))
@@ -83,7 +85,12 @@ def fit(
         model, config, data, settings, Path(out), tuple(remedies), name, revision,
         offline, allow_pickle, resume, command or "spafit.fit", quiet or not processes.first, processes,
     )  # fmt: skip
-    done = [train_seed(job, seed) for seed in seeds]
+    try:
+        done = [train_seed(job, seed) for seed in seeds]
+    except BaseException:
+        with suppress(OSError):  # a folder that this call made and left empty; others are not removed by rmdir
+            Path(out).rmdir()
+        raise
     written = all(d["kept"] for d in done) and _is_written(job.folder, done)
     processes.wait()  # all have looked before the first one writes
     if written:
@@ -145,6 +152,7 @@ def _is_written(folder: Path, done: Sequence[dict[str, Any]]) -> bool:
 
 def _result(job: Job, done: Sequence[dict[str, Any]]) -> FitResult:
     first = done[0]["run"]
+    swept = [d["interpolation"] for d in done if d["interpolation"] is not None]
     return FitResult(
         job.folder,
         {
@@ -165,11 +173,12 @@ def _result(job: Job, done: Sequence[dict[str, Any]]) -> FitResult:
                 "source": job.data.source,
                 "items": {s: len(f) for s, f in job.data.frames.items()},
             },
-            "notes": first["notes"],
+            "notes": list(dict.fromkeys(note for d in done for note in d["run"]["notes"])),
             **provenance(),
         },
         pd.concat([d["metrics"] for d in done], ignore_index=True)[list(METRIC_COLUMNS)],
         pd.concat([d["rows"] for d in done], ignore_index=True)[list(RUN_COLUMNS)],
+        None if not swept else pd.concat(swept, ignore_index=True)[list(INTERPOLATION_COLUMNS)],
     )
 
 

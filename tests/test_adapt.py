@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from spafit.adapt import apply_strata, canonical_name, canonical_parameters, meta_copy, plan_for
 from spafit.checkpoint import load, save
 from spafit.errors import ConfigError, ModelError
-from tests.tiny import tiny, tiny_inputs
+from spafit.heads import load_with_head
+from tests.tiny import save_tiny, tiny, tiny_inputs
 
 #: name: (auto class, preset)
 WITH_BIASES = {
@@ -187,10 +189,10 @@ def test_an_adapter_is_refused_on_another_base_and_a_second_adapter_on_a_wrapped
     model = tiny("bert", auto=ALL["bert"])
     base, other = copy.deepcopy(model), copy.deepcopy(model)
     stratified = apply_strata(model, plan_for(model, "spafit-scaled-I"))
-    save(stratified, tmp_path)
+    save(stratified, tmp_path, base={"reference": "default"})
     with torch.no_grad():
         next(other.parameters())[0, 0] += 1
-    with pytest.raises(ModelError, match="not the one that"):
+    with pytest.raises(ModelError, match=r"not the one that .* Use the built-in all-MiniLM-L6-v2 with its weights"):
         load(tmp_path, other)
     biased = copy.deepcopy(base)
     with torch.no_grad():
@@ -263,3 +265,27 @@ def test_a_pooler_that_the_checkpoint_lacks_is_trained_and_saved_or_the_plan_is_
     assert own.outside.pooler == "bitfit"
     with pytest.raises(ConfigError, match=r"bert\.pooler\.dense\.weight start from random weights"):
         plan_for(tiny("bert", auto=ALL["bert"]), own, missing=missing)
+
+
+@pytest.mark.parametrize("inner", ["spafit-scaled-I", "lora", "last-1", "reversed:spafit-scaled-I"])
+@pytest.mark.parametrize("kind", ["lora-matched", "count-only"])
+def test_parameters_are_matched_as_they_train_where_the_checkpoint_has_no_pooler(kind, inner, tmp_path):
+    save_tiny("bert", tmp_path)
+    BertModel.from_pretrained(tmp_path, add_pooling_layer=False).save_pretrained(tmp_path)
+
+    def planned(preset):
+        headed = load_with_head(str(tmp_path), labels=("cat", "dog"))
+        assert "bert.pooler.dense.weight" in headed.missing
+        plan = plan_for(headed.model, preset, missing=headed.missing)
+        return plan, apply_strata(headed.model, plan).trainable_parameters()
+
+    plan, got = planned(f"{kind}:{inner}")
+    _, wanted = planned(inner)
+    assert plan.provenance["parameters"] == {"wanted": wanted, "got": got, "difference": got - wanted}
+    assert plan.outside.pooler == "full"
+    rank = plan.strata[-1].lora.rank
+    for other in (rank - 1, rank + 1):  # no other rank is nearer
+        strata = [replace(s, lora=replace(s.lora, rank=max(other, 1))) if s.lora else s for s in plan.strata]
+        model = load_with_head(str(tmp_path), labels=("cat", "dog")).model
+        beside = apply_strata(model, replace(plan, strata=tuple(strata)))
+        assert abs(beside.trainable_parameters() - wanted) >= abs(got - wanted)

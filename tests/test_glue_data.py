@@ -12,8 +12,8 @@ import pytest
 from spafit.data.glue import read_glue
 from spafit.data.glue_predictions import write_predictions
 from spafit.data.glue_tasks import GLUE_TASKS, glue_task
-from spafit.data.sampling import class_weights, stratified_subset
-from spafit.data.training import glue_data
+from spafit.data.sampling import class_weights, hold_out, stratified_subset
+from spafit.data.training import TrainData, glue_data
 from spafit.errors import DataError, HubError, NumericalError, UsageError
 from spafit.metrics import METRICS
 from spafit.runtime import generator
@@ -403,6 +403,19 @@ def test_a_subset_has_exactly_n_rows_and_each_class_its_share():
     pd.testing.assert_frame_equal(stratified_subset(frame, 1000, 3), frame)
 
 
+@pytest.mark.parametrize("most", [None, 20])
+def test_every_item_is_kept_or_held_out_even_if_the_index_repeats(most):
+    plain = labelled([0] * 20 + [1] * 20)
+    doubled = plain.set_axis([*range(20), *range(20)])  # as after joining two tables
+    kept, held = hold_out(doubled, 0.1, seed=0, most=most)
+    size = most or 40
+    assert (len(kept), len(held)) == (size - size // 10, size // 10)
+    assert len({*kept["idx"], *held["idx"]}) == size
+    for ours, theirs in zip((kept, held), hold_out(plain, 0.1, seed=0, most=most), strict=True):
+        pd.testing.assert_frame_equal(ours.reset_index(drop=True), theirs.reset_index(drop=True))
+    assert held["label"].mean() == 0.5
+
+
 def test_a_regression_subset_keeps_the_distribution_closer_than_chance():
     scores = generator(1, "subset").uniform(0, 5, 5000)
     frame = labelled(scores)
@@ -419,6 +432,39 @@ def test_a_subset_that_cannot_be_drawn_says_so():
     for n in (0, 4):
         with pytest.raises(UsageError, match=f"subset of {n} rows cannot be drawn from 3"):
             stratified_subset(frame, n, 0)
+
+
+def with_classes(*labels, name="task"):
+    frame = labelled([0, 1]).assign(label=[0.5, 1.5] if not labels else [0, 1])
+    return TrainData(name, {"validation": frame}, labels or None, ("accuracy",))
+
+
+def test_outputs_are_matched_with_a_task_s_classes_by_name():
+    mnli = with_classes("entailment", "neutral", "contradiction")
+    assert mnli.output_order(("contradiction", "entailment", "neutral")) == [1, 2, 0]
+    assert mnli.output_order(mnli.labels) == [0, 1, 2]
+    assert mnli.output_order(("CONTRADICTION", "NEUTRAL", "ENTAILMENT")) == [2, 1, 0]
+    assert mnli.output_order(("LABEL_0", "LABEL_1", "LABEL_2")) == [0, 1, 2]
+    assert with_classes("not_duplicate", "duplicate").output_order(("duplicate", "not duplicate")) == [1, 0]
+    # Names that differ by their case alone are different classes.
+    assert with_classes("us", "US").output_order(("US", "us")) == [1, 0]
+    assert with_classes().output_order(None) == [0]
+
+
+@pytest.mark.parametrize(
+    ("task", "model"),
+    [
+        (("entailment", "not_entailment"), ("cat", "dog")),
+        (("entailment", "not_entailment"), ("entailment", "neutral", "not_entailment")),
+        (("entailment", "not_entailment"), ("LABEL_0", "LABEL_1", "LABEL_2")),
+        (("us", "US"), ("us", "uk")),
+        (("entailment", "not_entailment"), None),
+        ((), ("cat", "dog")),
+    ],
+)
+def test_a_model_of_other_classes_is_refused(task, model):
+    with pytest.raises(DataError, match=r"rte needs a model that predicts .* and this one predicts .* Use data"):
+        with_classes(*task, name="rte").output_order(model)
 
 
 def test_class_weights_make_every_class_weigh_the_same():

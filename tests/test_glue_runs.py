@@ -344,6 +344,29 @@ def test_several_processes_are_refused(model: Path, tmp_path: Path, monkeypatch:
 
 @needs_shared
 @pytest.mark.slow
+def test_a_method_may_hold_on_to_knowledge_and_sweep_towards_the_start(model: Path, tmp_path: Path):
+    (tmp_path / "kept.tsv").write_text("text\tlabel\nthe cat sees\t0\na dog\t1\n")
+    text = PLAN.format(model=model, tasks="rte").replace("seeds: 2", "seeds: 1")
+    text = text.replace(
+        "  - head\n", "  - strata: bitfit\n    name: kept\n    retain: ['kl:1,data=kept.tsv', 'l2sp:0.1']\n"
+    )
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(text.replace("epochs: 1,", "epochs: 1, interpolate: [0, 1.0],"))
+    data = tmp_path / "RTE"
+    data.mkdir()
+    for name, n in (("train", 24), ("dev", 12), ("test", 6)):
+        (data / f"{name}.tsv").write_text(rows("rte", n, test=name == "test"))
+    run_glue(GluePlan.load(plan), out=tmp_path / "out", data=str(tmp_path), device="cpu", quiet=True)
+    kept, other = (FitResult.load(tmp_path / "out" / "rte" / name) for name in ("kept", "strata"))
+    assert [r["remedy"] for r in kept.run["remedy_price"]] == ["kl", "l2sp"]
+    assert other.run["remedies"] == []
+    assert kept.interpolation is not None
+    assert set(kept.interpolation["share"]) == {0.0, 1.0}
+    plan.write_text(text.replace("kept.tsv", "none.tsv"))
+    with pytest.raises(ConfigError, match=r"plan.yaml, line \d+.*none.tsv"):
+        GluePlan.load(plan)
+
+
 def test_the_real_wnli_and_rte_run_on_a_tiny_model(model: Path, tmp_path: Path):
     text = PLAN.format(model=model, tasks="rte, wnli") + "files: {wnli: {train: train.rebuilt.tsv}}\n"
     plan = parse(text, file="p", folder=tmp_path, name="p").narrowed(methods=["strata"], seeds=1)

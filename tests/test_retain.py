@@ -74,13 +74,14 @@ def headed(*, classes: int = 2, dropout: float = 0.0, head: str = "SequenceClass
 
 
 def plan(method: str, *, stack: str = "encoder") -> StrataConfig:
-    """One stratum over both blocks; ``full`` trains everything."""
+    """One stratum over both blocks; ``full`` trains everything, and ``METHOD, embeddings`` those too."""
+    method, _, more = method.partition(", ")
     lora = LoraOptions(rank=4, alpha=6.0) if method.startswith(("lora", "dora")) else None
     biases = "bitfit" if stack == "encoder" and method != "ia3" else "freeze"
     outside = (
         Outside(embeddings="full", pooler="full", head="full", final_norm="full")
         if method == "full"
-        else Outside(embeddings="freeze", pooler=biases, head="full")
+        else Outside(embeddings="full" if more else "freeze", pooler=biases, head="full")
     )
     return StrataConfig("tiny", {stack: 2}, (Stratum(stack, (0, 2), method, lora),), outside=outside)
 
@@ -163,6 +164,9 @@ def accuracy_and_loss(model: Any, frame: pd.DataFrame) -> tuple[float, float]:
 
 
 MEMORY = task_a(96, "memory", noise=0.1)
+#: The planted conflict under LoRA. The new letters of B are learnt in the embeddings, which train as well; over frozen
+#: ones, what B needs of the blocks is what A needs, and remedies on the weights can only hold the one or the other.
+ADAPTER = "lora+bitfit, embeddings"
 REMEDIES: dict[str, Callable[[], PricedRemedy]] = {
     "l2sp": lambda: L2SP(0.5, heads="hold"),
     "ewc": lambda: EWC(1e6, data=MEMORY),
@@ -188,7 +192,7 @@ def then_b(after_a: Any, method: str, remedies: Sequence[PricedRemedy]) -> tuple
     start = snapshot(model)
     for remedy in remedies:
         remedy.prepare(model, TOKENIZER, **PREPARED)
-    train(model, task_b(512, "train"), steps=250, rate={"full": 1e-3, "lora+bitfit": 3e-3}[method], remedies=remedies)
+    train(model, task_b(512, "train"), steps=250, rate=1e-3 if method == "full" else 3e-3, remedies=remedies)
     return (
         model,
         start,
@@ -202,28 +206,30 @@ def then_b(after_a: Any, method: str, remedies: Sequence[PricedRemedy]) -> tuple
 @pytest.fixture(scope="module")
 def forgetful(after_a: Any) -> dict[str, tuple[StratifiedModel, Any, float, float]]:
     """Task B without any remedy, by method."""
-    return {method: then_b(after_a, method, []) for method in ("full", "lora+bitfit")}
+    return {method: then_b(after_a, method, []) for method in ("full", ADAPTER, "lora+bitfit")}
 
 
+@pytest.mark.parametrize("method", ["full", ADAPTER])
 @pytest.mark.parametrize("name", REMEDIES)
-def test_every_remedy_lowers_forgetting_of_a_conflicting_task(name: str, after_a: Any, forgetful: Any) -> None:
+def test_every_remedy_lowers_forgetting_of_a_conflicting_task(
+    name: str, method: str, after_a: Any, forgetful: Any
+) -> None:
     remedy = REMEDIES[name]()
-    *_, kept, loss = then_b(after_a, "full", [remedy])
-    *_, kept_without, loss_without = forgetful["full"]
+    if name == "l2sp" and method == ADAPTER:
+        remedy.weight = 0.1
+    *_, kept, loss = then_b(after_a, method, [remedy])
+    *_, kept_without, loss_without = forgetful[method]
     price = f"B's loss {loss:.3f} with {name}, {loss_without:.3f} without; {prices([remedy]).to_dict('records')}"
-    assert kept_without < 0.75, "the tasks do not conflict"
-    assert kept >= kept_without + 0.1, f"A {kept:.3f} against {kept_without:.3f}; {price}"
+    assert kept_without < 0.6, "the tasks do not conflict"
+    assert kept >= 0.7, f"A {kept:.3f} against {kept_without:.3f}; {price}"  # one answer to everything has .54
     assert loss < 0.2, price
 
 
-@pytest.mark.parametrize("name", ["ewc", "ewc, given labels", "kl", "replay"])  # l2sp does not: see its docstring
-def test_remedies_lower_forgetting_with_an_adapter(name: str, after_a: Any, forgetful: Any) -> None:
-    remedy = REMEDIES[name]()
-    if name.startswith("ewc"):
-        remedy.weight = 3e5
-    *_, kept, loss = then_b(after_a, "lora+bitfit", [remedy])
+@pytest.mark.parametrize("name", ["kl", "replay"])
+def test_remedies_on_outputs_hold_over_frozen_embeddings_too(name: str, after_a: Any, forgetful: Any) -> None:
+    *_, kept, loss = then_b(after_a, "lora+bitfit", [REMEDIES[name]()])
     *_, kept_without, loss_without = forgetful["lora+bitfit"]
-    assert kept >= kept_without + 0.1, f"A {kept:.3f}, {kept_without:.3f}; B's loss {loss:.3f}, {loss_without:.3f}"
+    assert kept >= max(0.9, kept_without), f"A {kept:.3f}, {kept_without:.3f}; B's loss {loss:.3f}, {loss_without:.3f}"
     assert loss < 0.2
 
 

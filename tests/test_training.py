@@ -9,7 +9,9 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +21,21 @@ import pandas as pd
 import pytest
 import torch
 
-from spafit import io
-from spafit.adapt import apply_strata, canonical_name
+from spafit import checkpoint, io
+from spafit.adapt import apply_strata, canonical_name, canonical_parameters
 from spafit.batches import Collator, EpochOrder, encode
 from spafit.data.training import TrainData
-from spafit.errors import DataError, NumericalError, OutputError, SpafitError, UsageError
+from spafit.errors import DataError, ModelError, NumericalError, OutputError, SpafitError, UsageError
 from spafit.fit_result import METRIC_COLUMNS, RUN_COLUMNS, FitResult
 from spafit.heads import load_with_head
+from spafit.predictions import predict_logits
 from spafit.runtime import torch_seed
 from spafit.settings import TrainSettings
 from spafit.strata import Outside, StrataConfig, Stratum
 from spafit.stratum import LoraOptions
 from spafit.trainer import StratifiedTrainer, last_checkpoint, training_arguments
 from spafit.training import fit
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_tokenizer
 from tests.training_fixtures import PLAN, QUICK, BrokenOff, breaking_off, frame, is_key_bias, same, task, weights
 
 
@@ -208,7 +211,7 @@ def test_an_interrupted_run_stops_early_where_an_uninterrupted_one_does(
 
 
 def test_a_folder_that_moved_goes_on(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changes = {"select_share": 0.25, "epochs": 3, "learning_rate": 1e-6, "save_steps": 2}  # the first one is best
+    changes = {"select_share": 0.25, "epochs": 3, "learning_rate": 1e-6, "save_steps": 2}  # an early one is best
     whole = train(bert, tmp_path / "whole", **changes)
     repair = breaking_off(monkeypatch, 14)
     with pytest.raises(BrokenOff):
@@ -216,7 +219,7 @@ def test_a_folder_that_moved_goes_on(bert: Path, tmp_path: Path, monkeypatch: py
     repair()
     (tmp_path / "before").rename(tmp_path / "after")
     resumed = train(bert, tmp_path / "after", **changes)
-    assert io.read_json(tmp_path / "after" / "seed-0" / "run.json")["best_step"] == 2
+    assert io.read_json(tmp_path / "after" / "seed-0" / "run.json")["best_step"] < 14  # before it broke off
     assert same(resumed.model_folder(), whole.model_folder())
 
 
@@ -227,8 +230,12 @@ def test_another_plan_in_the_same_folder_is_one_sentence(
     with pytest.raises(BrokenOff):
         train(bert, tmp_path, save_steps=2)
     kept = sorted(tmp_path.rglob("*"))
-    for other in ({"plan": "bitfit"}, {"learning_rate": 1e-3}, {"data": task(28)}):
-        with pytest.raises(OutputError, match=r"other settings, plan, data, model .* --no-resume"):
+    for other, what in (
+        ({"plan": "bitfit"}, "another plan"),
+        ({"learning_rate": 1e-3}, "learning_rate .*, not 0.001"),
+        ({"data": task(28)}, "other data"),
+    ):
+        with pytest.raises(OutputError, match=f"holds another run: {what}. .* --no-resume"):
             train(bert, tmp_path, save_steps=2, **other)
     assert sorted(tmp_path.rglob("*")) == kept
 
@@ -236,7 +243,7 @@ def test_another_plan_in_the_same_folder_is_one_sentence(
 def test_another_base_under_the_same_plan_is_noticed_even_if_everything_trains(bert: Path, tmp_path: Path) -> None:
     train(bert, tmp_path / "run", "full", learning_rate=1e-3)
     save_tiny("bert", tmp_path / "other", seed=1)
-    with pytest.raises(OutputError, match="other settings, plan, data, model"):
+    with pytest.raises(OutputError, match="holds another run"):
         train(tmp_path / "other", tmp_path / "run", "full", learning_rate=1e-3)
 
 
@@ -494,6 +501,63 @@ def test_bfloat16_trains_close_to_float32_with_and_without_the_cache(bert: Path,
     assert 0 < float((heads["plain"] - heads["float32"]).abs().max()) < 0.02
     assert heads["plain"].dtype == torch.float32
     assert float((heads["cached"] - heads["plain"]).abs().max()) < 1e-4
+    # What is reported is what the saved model gives when it is loaded, in float32.
+    stratified, tokenizer = checkpoint.load(tmp_path / "plain" / "seed-0" / "model"), tiny_tokenizer()
+    items = encode(task().frames["validation"], tokenizer, max_length=16, regression=False)
+    shares = np.exp(predict_logits(stratified.model, items, tokenizer))
+    told = io.read_table(tmp_path / "plain" / "seed-0" / "predictions-validation")["p(dog)"]
+    np.testing.assert_allclose(shares[:, 1] / shares.sum(1), told, atol=2e-6)
+
+
+def test_every_item_of_a_step_weighs_the_same_however_it_is_cut_into_micro_batches(bert: Path, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    outside = Outside(embeddings="full", pooler="full")
+    everything = StrataConfig("tiny", {"encoder": 3}, (Stratum("encoder", (0, 3), "full"),), outside=outside)
+
+    def gradients(batch_size: int, accumulate: int, weighted: bool) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+
+        class Look(TrainerCallback):
+            def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+                found.update({n: p.grad.clone() for n, p in given["model"].named_parameters() if p.grad is not None})
+
+        trainer = make_trainer(bert, tmp_path, everything, batch_size=batch_size, accumulate=accumulate, epochs=1)
+        for module in trainer.stratified.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if weighted:
+            trainer.class_weights = torch.tensor([0.5, 3.0])
+        trainer.add_callback(Look())
+        trainer.train()
+        return found
+
+    for weighted in (False, True):
+        whole = gradients(24, 1, weighted)
+        for cut in ((12, 2), (16, 2), (10, 3)):  # 12 + 12, 16 + 8, 10 + 10 + 4
+            got = gradients(*cut, weighted)
+            off = sum(float((got[n] - whole[n]).square().sum()) for n in whole) ** 0.5
+            assert off < 1e-5 * sum(float(g.square().sum()) for g in whole.values()) ** 0.5
+
+
+def test_the_seconds_end_where_training_ends_and_begin_with_its_set_up(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spafit import seed_run
+
+    clock, ahead = time.perf_counter, [0.0]
+
+    def taking(seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            ahead[0] += seconds
+            return function(*arguments, **options)
+
+        return run
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + ahead[0])
+    monkeypatch.setattr(seed_run, "_prefix_cache", taking(1000.0, seed_run._prefix_cache))
+    monkeypatch.setattr(seed_run, "predict_logits", taking(100_000.0, seed_run.predict_logits))
+    assert 1000 < float(train(bert, tmp_path, epochs=1, prefix_cache="on").runs["seconds"].iloc[0]) < 2000
 
 
 def test_worker_processes_make_no_difference(bert: Path, tmp_path: Path) -> None:
@@ -547,7 +611,69 @@ def test_items_come_in_an_order_of_seed_and_epoch_with_similar_lengths_together(
     assert spread < 0.2 * np.mean([np.ptp(lengths[i : i + 8]) for i in range(0, 1000, 8)])
     firsts = lengths[first[0:1000:8]]
     assert abs(np.corrcoef(firsts, np.arange(len(firsts)))[0, 1]) < 0.3  # short and long batches come mixed
-    assert list(EpochOrder(lengths[:3], batch_size=8, seed=0, grouped=True)) != []
+    assert sorted(EpochOrder(lengths[:3], batch_size=8, seed=0, grouped=True)) == [0, 1, 2]
+    left_over = []
+    for order.epoch in range(60):
+        left_over += list(order)[1000:]
+    assert abs(lengths[left_over].mean() - lengths.mean()) < 0.25 * lengths.std()  # not the longest of all
+
+
+@pytest.mark.parametrize("plan", [PLAN, "full"])
+def test_interpolation_is_swept_after_training_and_leaves_the_model_as_trained(
+    bert: Path, tmp_path: Path, plan: Any
+) -> None:
+    options: dict[str, Any] = {"select_share": 0.25, "epochs": 4, "learning_rate": 3e-3, "data": task(48)}
+    plain = train(bert, tmp_path / "plain", plan, **options)
+    swept = train(bert, tmp_path / "swept", plan, interpolate=(0.0, 0.5, 1.0), seeds=(0, 1), **options)
+    assert plain.interpolation is None
+    assert same(plain.model_folder(), swept.model_folder())
+    table = swept.interpolation
+    assert table is not None
+    assert set(table["split"]) == {"select", "validation"}
+    assert set(table["seed"]) == {0, 1}
+    scores = table.set_index(["seed", "share", "split", "metric"])["value"]
+    told = swept.runs[swept.runs["seed"] == 1].set_index("metric")["value"]
+    assert scores[1, 1.0, "validation", "accuracy"] == told["accuracy"]
+    assert scores[1, 1.0, "validation", "macro_f1"] == told["macro_f1"]
+    assert FitResult.load(tmp_path / "swept").interpolation.equals(table)
+    assert swept.interpolation_to_markdown().splitlines()[0] == "| share of the training | held out | validation |"
+    # The start with the trained head: what plain transformers gives with the base's weights below it.
+    headed, model = load_with_head(str(bert), labels=("cat", "dog"), seed=1), checkpoint.load(swept.model_folder(1))
+    own, trained = (
+        canonical_parameters(headed.model),
+        canonical_parameters(model.merge() if plan == PLAN else model.model),
+    )
+    with torch.no_grad():
+        for name in own:
+            if name.startswith("classifier."):
+                own[name].copy_(trained[name])
+    items = encode(task(48).frames["validation"], tiny_tokenizer(), max_length=16, regression=False)
+    assert items.labels is not None
+    right = (predict_logits(headed.model, items, tiny_tokenizer()).argmax(1) == items.labels).mean()
+    assert scores[1, 0.0, "validation", "accuracy"] == right
+
+
+def test_interpolation_of_a_plan_without_lines_is_refused_before_training(bert: Path, tmp_path: Path) -> None:
+    config = replace(PLAN, strata=(Stratum("encoder", (0, 3), "dora", lora=LoraOptions(rank=2)),))
+    with pytest.raises(ModelError, match="straight line"):
+        train(bert, tmp_path, config, interpolate=(0.5,))
+    assert not list(tmp_path.glob("seed-0/checkpoint-*"))
+    with pytest.raises(UsageError, match="shares between 0"):
+        replace(QUICK, interpolate=(1.5,))
+
+
+def test_among_equal_scores_the_checkpoint_with_the_lower_loss_is_kept(bert: Path, tmp_path: Path) -> None:
+    result = train(
+        bert, tmp_path, "full", data=task(64), select_share=0.25, epochs=12, learning_rate=1e-3, save_steps=6
+    )
+    curves = result.metrics[result.metrics["split"] == "select"].pivot_table(
+        index="step", columns="metric", values="value"
+    )
+    best = curves[curves["headline"] == curves["headline"].max()]
+    assert len(best) > 1, "no tie"
+    assert io.read_json(tmp_path / "seed-0" / "run.json")["best_step"] == best["loss"].idxmin()
+    assert "selection" not in set(result.metrics["metric"])
+    assert any("kept, chosen on 16 held-out items" in note for note in result.run["notes"])
 
 
 # ---------------------------------------------------------------- tasks
@@ -708,7 +834,7 @@ def test_tables_and_figure_have_what_is_documented(bert: Path, tmp_path: Path) -
     assert summary.loc["accuracy", "sd"] == pytest.approx(values.std(ddof=1))
     assert summary.loc["accuracy", "seeds"] == 3
     text = (tmp_path / "results.md").read_text()
-    assert f"{values.mean():.3f} ± {values.std(ddof=1):.3f} (n = 3)" in text
+    assert f"{values.mean():.3f} ± {values.std(ddof=1):.3f} (3 seeds)" in text
     model = result.model_folder(1)
     assert result.runs["saved_bytes"].iloc[0] == (model / "adapter_model.safetensors").stat().st_size
     assert (result.runs["peak_memory_bytes"] > 1e6).all()
@@ -720,6 +846,31 @@ def test_tables_and_figure_have_what_is_documented(bert: Path, tmp_path: Path) -
     assert "validation accuracy" in card
     assert "spafit-scaled-I" in card or "bitfit" in card
     assert not same(result.model_folder(0), result.model_folder(1))
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ((0.8, np.nan, 0.6), "0.700 ± 0.141 (defined for 2 of 3 seeds)"),
+        ((0.8, np.nan), "0.800 (defined for 1 of 2 seeds)"),
+        ((np.nan, np.nan), "undefined (defined for 0 of 2 seeds)"),
+        ((np.nan,), "undefined (defined for 0 of 1 seed)"),
+        ((0.8, 0.6), "0.700 ± 0.141 (2 seeds)"),
+        ((0.8,), "0.800 (1 seed)"),
+    ],
+)
+def test_undefined_scores_are_counted_out(values: tuple[float, ...], shown: str) -> None:
+    cost = {"trainable": 1, "total": 4, "seconds": 1.0, "peak_memory_bytes": 1.0}
+    runs = pd.DataFrame(
+        [
+            {"task": "t", "method": "m", "seed": seed, "split": "validation", "metric": "pearson", "value": v, **cost}
+            for seed, v in enumerate(values)
+        ]
+    )
+    result = FitResult(Path("nowhere"), {}, pd.DataFrame(), runs)
+    assert f"| pearson | {shown} |" in result.to_markdown()
+    summary = result.to_pandas().iloc[0]
+    assert (summary["seeds"], summary["defined"]) == (len(values), np.isfinite(values).sum())
 
 
 def test_equal_calls_give_equal_runs(bert: Path, tmp_path: Path) -> None:
@@ -786,7 +937,7 @@ def test_remedies_add_to_the_loss_and_their_price_is_recorded(bert: Path, tmp_pa
     assert (terms["value"] >= 0).all()
     # The same remedy is the same run; another weight is another.
     train(bert, tmp_path / "1000", remedies=[parse_remedy("l2sp:1000")], learning_rate=1e-3)
-    with pytest.raises(OutputError, match="other settings"):
+    with pytest.raises(OutputError, match="holds another run"):
         train(bert, tmp_path / "1000", remedies=[parse_remedy("l2sp:1")], learning_rate=1e-3)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -105,6 +106,36 @@ def test_the_model_card_is_filled_from_the_run(trained: Path) -> None:
         assert piece in card, piece
 
 
+def run_card(folder: Path) -> str:
+    """Run the Python of a model card, in its folder, where this package cannot be imported."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    hidden = "import sys; sys.modules.update(dict.fromkeys(('spafit', 'probing', 'analysis')))\n"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    more = "\nimport json; print(json.dumps([model.config.id2label, model(**inputs).logits.tolist()]))"
+    done = subprocess.run(
+        [sys.executable, "-c", hidden + code + more], cwd=folder, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_the_model_card_s_code_runs_as_pasted(trained: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from spafit.checkpoint import load
+
+    folder = trained / "seed-0" / "model"
+    names, logits = json.loads(run_card(folder))
+    assert names == {"0": "cat", "1": "dog"}
+    inputs = AutoTokenizer.from_pretrained(folder)(["A text.", "Another one."], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        ours = load(folder).model.eval()(**inputs).logits
+    assert torch.allclose(torch.tensor(logits), ours, atol=1e-5)
+    saved = io.read_json(folder / "adapter_config.json")["modules_to_save"]
+    assert sorted(saved) == sorted(set(saved))
+
+
 def test_the_table_is_printed_and_json_holds_the_same(bert: Path, tables: Path, trained: Path) -> None:
     arguments = [*train_arguments(bert, tables, trained), "--seeds", 2, "--retain", "l2sp:0.01"]
     shown = invoke(*arguments).stdout  # finished: returned as it is
@@ -157,9 +188,53 @@ def test_a_dry_run_prints_the_plan_within_two_seconds_even_without_weights(tmp_p
     assert "3 labels" in invoke("train", "--model", folder, "--dry-run", "--task", "mnli").stdout
 
 
+def test_a_dry_run_counts_the_classes_of_a_table(
+    bert: Path, tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "t.tsv").write_text("said\tkind\n" + "".join(f"a {k}\t{k}\n" for k in ("cat", "cow", "dog", "cat")))
+    dry = ["train", "--model", bert, "--dry-run", "--train"]
+    columns = ["--text", "said", "--label", "kind"]
+    shown = invoke(*dry, tmp_path / "t.tsv", *columns).stdout
+    assert shown.startswith("bert, 3 labels\n")
+    # 16 wide: a weight and a bias more than with two classes.
+    both = [invoke(*dry, p, *c, "--strata", "head").stdout for p, c in
+            ((tmp_path / "t.tsv", columns), (tables / "train.tsv", []))]  # fmt: skip
+    three, two = (int(re.search(r"\nall +[\d,]+ +(\d+) ", s)[1]) for s in both)  # type: ignore[index]
+    assert three - two == 17
+    pairs = [*dry, tables / "train-pairs.csv", "--text2", "text2", "--regression"]
+    assert "1 label\n" in invoke(*pairs).stdout
+    for arguments, expected in (
+        ([*dry, tmp_path / "t.tsv"], "no column 'text'"),
+        ([*dry, tables / "train.tsv", "--task", "rte"], "name the data twice"),
+        ([*dry[:-1], "--task", "rtee"], "Did you mean 'rte'"),
+    ):
+        assert expected in sentence(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+
+
 def test_presets_are_listed_one_a_line() -> None:
-    shown = invoke("train", "--presets").stdout.splitlines()
-    assert {"full", "bitfit", "spafit-scaled-II"} <= set(shown)
+    shown = dict(line.split("  ", 1) for line in invoke("train", "--presets").stdout.splitlines())
+    assert {"full", "bitfit", "spafit-scaled-II"} <= {name.strip() for name in shown}
+    assert all(what.strip() for what in shown.values())
+
+
+def test_help_and_readme_show_how_remedies_and_glue_plans_are_written() -> None:
+    import re
+
+    import yaml
+
+    from spafit.glue_plan import parse
+    from spafit.retain import parse_remedy
+
+    shown = " ".join(re.findall(r"[^\s│]+", invoke("train", "--help").stdout))
+    assert "ewc:1,data=FILE" in shown
+    readme = (ROOT / "README.md").read_text()
+    written = re.findall(r"--retain (\S+?)(?:\s|`)", readme)
+    assert {"l2sp:0.01", "kl:1,data=FILE.tsv"} <= set(written)
+    assert parse_remedy("l2sp:0.01").weight == 0.01
+    content = yaml.safe_load(re.search(r"<!-- glue plan -->\n```yaml\n(.*?)```", readme, re.DOTALL)[1])  # type: ignore[index]
+    assert [m.pop("retain", None) for m in content["methods"]] == [None, ["kl:1,data=FILE.tsv"]]
+    plan = parse(yaml.safe_dump(content), file="x.yaml", folder=ROOT, name="x")
+    assert (len(plan.tasks), len(plan.methods), plan.seeds) == (2, 2, (0, 1, 2))
 
 
 def test_the_first_seed_s_model_is_pushed(
@@ -190,7 +265,8 @@ def test_ctrl_c_keeps_the_checkpoint_and_the_same_command_goes_on(bert: Path, ta
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 130, done.stderr
-    assert done.stderr.strip() == "Interrupted. The last checkpoint is kept; the same command goes on from there."
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == "Interrupted. What is finished, and the last checkpoint, are kept; the same command goes on."
     seed = tmp_path / "out" / "seed-0"
     assert sorted(p.name for p in seed.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     from spafit.trainer import StratifiedTrainer
@@ -242,6 +318,46 @@ def test_evaluate_gives_what_training_reported(tables: Path, trained: Path, tmp_
     assert alone["accuracy"] == pytest.approx((of_dogs["class"] == "dog").mean())
 
 
+def test_evaluate_on_a_task_matches_its_classes_by_name(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a table the classes are sorted, (equivalent, not_equivalent); the task's order is the reverse, and its F1 is
+    # of "equivalent".
+    table = frame(60, 1).assign(label=lambda t: t["label"].map({0: "equivalent", 1: "not_equivalent"}))
+    table["text2"] = "a cat"
+    table.to_csv(tmp_path / "pairs.csv", index=False)
+    out, glue = tmp_path / "out", tmp_path / "glue"
+    pairs = ["--train", tmp_path / "pairs.csv", "--text2", "text2"]
+    invoke("train", "--model", bert, *pairs, "--strata", "full", "--out", out, *QUICK)
+    (glue / "MRPC").mkdir(parents=True)
+    rows = [
+        f"{int(label == 'equivalent')}\t{i}\t{i}\t{text}\ta cat"
+        for i, (text, label) in enumerate(zip(table["text"], table["label"], strict=True))
+    ]
+    for name in ("train.tsv", "dev.tsv"):
+        text = "\n".join(["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", *rows[:45], ""])
+        (glue / "MRPC" / name).write_text(text)
+    model = out / "seed-0" / "model"
+    invoke("predict", model, tmp_path / "pairs.csv", "--text2", "text2", "--out", tmp_path / "said", "--quiet")
+    said = io.read_table(tmp_path / "said")["class"][:45]
+    truth = table["label"][:45]
+    right = float((said == truth).mean())
+    assert right != 0.5
+    hits = int(((said == "equivalent") & (truth == "equivalent")).sum())
+    f1 = 2 * hits / (int((said == "equivalent").sum()) + int((truth == "equivalent").sum()))
+    on_task = ["evaluate", model, "--task", "mrpc", "--data", glue]
+    found = json.loads(invoke(*on_task, "--json").stdout)["validation"]
+    assert found["accuracy"] == pytest.approx(right)
+    assert found["f1"] == pytest.approx(f1)
+    (glue / "RTE").mkdir()
+    for name in ("train.tsv", "dev.tsv"):
+        (glue / "RTE" / name).write_text("index\tsentence1\tsentence2\tlabel\n0\ta cat\ta dog\tentailment\n")
+    on_task[on_task.index("mrpc")] = "rte"
+    error = sentence(*on_task, capsys=capsys, monkeypatch=monkeypatch)
+    assert "rte needs a model that predicts the classes entailment, not_entailment" in error
+    assert "this one predicts the classes equivalent, not_equivalent" in error
+
+
 @pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "parquet"])
 def test_predict_takes_any_table(tables: Path, trained: Path, tmp_path: Path, kind: str) -> None:
     table = pd.read_csv(tables / "validation.tsv", sep="\t")[["text"]].rename(columns={"text": "sentence"})
@@ -253,7 +369,7 @@ def test_predict_takes_any_table(tables: Path, trained: Path, tmp_path: Path, ki
     else:
         table.to_csv(path, sep="\t" if kind == "tsv" else ",", index=False, quoting=csv.QUOTE_MINIMAL)
     model = trained / "seed-0" / "model"
-    shown = invoke("predict", model, path, "--text", "sentence", "--out", tmp_path / "p.q").stdout
+    shown = invoke("predict", model, path, "--text", "sentence", "--out", tmp_path / "p.q.csv").stdout
     assert "16 rows written" in shown
     ours = io.read_table(tmp_path / "p.q")
     theirs = io.read_table(trained / "seed-0" / "predictions-validation")
@@ -304,6 +420,7 @@ def test_a_fully_trained_model_is_evaluated_and_merged_alike(bert: Path, tables:
     assert scores["accuracy"] == io.read_table(out / "runs").set_index("metric")["value"]["accuracy"]
     invoke("merge", model, "--out", tmp_path / "merged")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert json.loads(run_card(model))[0] == {"0": "cat", "1": "dog"}
 
 
 # ---------------------------------------------------------------- bad input
@@ -318,6 +435,7 @@ def test_a_fully_trained_model_is_evaluated_and_merged_alike(bert: Path, tables:
         (["--label", "class"], "no column 'class'"),
         (["--validation", "BIRD"], "'bird' is not a class of the training split"),
         (["--task", "rte"], "name the data twice"),
+        (["--retain", "kl:1,data=missing.tsv"], "missing.tsv"),
         (["--regression"], "is not a number"),
         (["--metric", "acuracy"], "Did you mean 'accuracy'"),
         (["--metric", "pearson"], "not a metric of classification"),
@@ -370,7 +488,7 @@ def test_bad_input_is_one_sentence_before_training(
     arguments = [*train_arguments(bert, tables, tmp_path / "out"), *(special.get(c, c) for c in changes)]
     said = sentence(*arguments, capsys=capsys, monkeypatch=monkeypatch)
     assert expected in said, said
-    assert not list((tmp_path / "out").rglob("*.parquet"))
+    assert not (tmp_path / "out").exists()
 
 
 def change_labels(folder: Path) -> None:
@@ -389,6 +507,9 @@ def change_labels(folder: Path) -> None:
         (["evaluate", "MODEL", "--table", "MISSING"], "missing.tsv"),
         (["predict", "MODEL", "TABLE", "--text", "sentence", "--out", "x"], "no column 'sentence'"),
         (["merge", "TABLES", "--out", "x"], "not a model that was trained here"),
+        (["merge", "MODEL", "--out", "TABLES"], "is not empty"),
+        (["predict", "MODEL", "TABLE", "--text2", "text", "--out", "x"], "was trained on single texts"),
+        (["train", "--task", "rte", "--data", "TABLES", "--metric", "f1"], "has metrics of its own"),
     ],
 )
 def test_bad_input_to_the_other_commands_is_one_sentence(

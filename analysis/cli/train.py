@@ -88,7 +88,10 @@ def train(
     retain: Annotated[
         list[str] | None,
         _option(
-            _PLAN, "--retain", help="Hold on to knowledge: l2sp:WEIGHT, ewc:…, kl:…, replay:…; repeat for several."
+            _PLAN,
+            "--retain",
+            help="Hold on to knowledge: l2sp:0.01, ewc:1,data=FILE, kl:1,data=FILE or replay:1,data=FILE; repeat for "
+            "several. FILE is a table with the column text and, for replay and ewc's labels=given, label.",
         ),
     ] = None,
     task: GlueTask = None,
@@ -150,6 +153,10 @@ def train(
     save_steps: Annotated[
         int | None, _option(_LOOP, "--save-steps", help="A checkpoint every so many steps. Default: each epoch.")
     ] = None,
+    interpolate: Annotated[
+        str | None,
+        _option(_PLAN, "--interpolate", help="Shares of the way from start to trained that are scored: 0,0.5,1."),
+    ] = None,
     workers: Annotated[int, _option(_LOOP, "--workers", help="Processes that prepare batches.")] = 0,
     track: Annotated[
         list[str] | None, _option(_LOOP, "--track", help="tensorboard, trackio, wandb or mlflow; repeat for several.")
@@ -177,10 +184,17 @@ def train(
     if presets:
         from spafit.presets import PRESETS
 
-        typer.echo("\n".join(PRESETS))
+        width = max(len(name) for name in PRESETS)
+        typer.echo("\n".join(f"{name:{width}}  {what}" for name, what in PRESETS.items()))
         return
+    if task is not None and train_file is not None:
+        raise UsageError("--task and --train name the data twice; give one of them.")
+    if task is not None and metric:
+        raise UsageError("--metric is for tables: a GLUE task has metrics of its own. Leave it out.")
     if dry_run:
-        labels = _number_of_labels(task, regression)
+        labels = _number_of_labels(
+            task, train_file, text=text, text2=text2, label=label, regression=regression, header=not no_header
+        )  # fmt: skip
         typer.echo(describe_without_weights(model, strata, labels=labels, revision=revision, offline=offline))
         return
     from spafit.settings import TrainSettings
@@ -191,31 +205,34 @@ def train(
         max_length=max_length, max_train=max_train, select_share=select_share, patience=patience,
         class_weights=class_weights, precision=_choice("--precision", precision, "precision"),
         prefix_cache=_choice("--prefix-cache", prefix_cache, "prefix_cache"), prefix_dropout=prefix_dropout,
-        checkpoint_activations=checkpoint_activations, save_steps=save_steps, workers=workers, track=tuple(track or ()),
+        checkpoint_activations=checkpoint_activations, save_steps=save_steps, workers=workers,
+        interpolate=_shares(interpolate), track=tuple(track or ()),
     )  # fmt: skip
     plan = load_plan(strata)
-    if task is not None and train_file is not None:
-        raise UsageError("--task and --train name the data twice; give one of them.")
     given = read_training_data(
         task, data, file, {"train": train_file, "validation": validation, "test": test}, text=text, text2=text2,
         label=label, regression=regression, header=not no_header, metrics=tuple(metric) if metric else None,
         offline=offline, skip_bad_rows=skip_bad_rows,
     )  # fmt: skip
+    from spafit.models import DEFAULT_NAME
     from spafit.retain import parse_remedy
     from spafit.training import fit
 
-    name = strata if isinstance(plan, str) else Path(strata).stem
+    remedies = [parse_remedy(r) for r in retain or ()]
+    name = " + ".join([strata if isinstance(plan, str) else Path(strata).stem, *(r.name for r in remedies)])
     folder = out or Path("runs") / "train" / "-".join(
-        [Path(model or "default").name, given.name, name.replace(":", "-")]
+        [Path(model or DEFAULT_NAME).name, given.name, name.replace(":", "-").replace(" + ", "-")]
     )
     try:
         result = fit(
             model, plan, data=given, settings=settings, seeds=tuple(range(seeds)), out=folder,
-            remedies=[parse_remedy(r) for r in retain or ()], method=name, device=device, revision=revision,
+            remedies=remedies, method=name, device=device, revision=revision,
             offline=offline, allow_pickle=allow_pickle, resume=resume, command=_command(), quiet=quiet,
         )  # fmt: skip
     except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted. The last checkpoint is kept; the same command goes on from there.\n")
+        kept = any(folder.glob("seed-*/checkpoint-*")) or any(folder.glob("seed-*/model"))
+        what = "What is finished, and the last checkpoint, are kept" if kept else "There was no checkpoint yet"
+        sys.stderr.write(f"\nInterrupted. {what}; the same command goes on.\n")
         raise typer.Exit(130) from None
     if os.environ.get("RANK", "0") != "0":  # of several processes, the first one speaks
         return
@@ -231,6 +248,8 @@ def train(
         typer.echo(json.dumps(io.plain({"run": result.run, "runs": result.runs.to_dict("records")}), indent=1))
         return
     typer.echo(f"\n{result.to_markdown()}\n")
+    if result.interpolation is not None:
+        typer.echo(f"{result.interpolation_to_markdown()}\n")
     for note in result.run["notes"]:
         typer.echo(f"Note:    {note}")
     typer.echo(
@@ -301,11 +320,17 @@ def describe_without_weights(
     return f"{name}, {labels} label{'s' * (labels != 1)}\n{apply_strata(empty, plan).describe()}"
 
 
-def _number_of_labels(task: str | None, regression: bool) -> int:
-    if regression:
-        return 1
+def _number_of_labels(
+    task: str | None, table: Path | None, *, text: str, text2: str | None, label: str, regression: bool, header: bool
+) -> int:
+    """Outputs of the head: of a GLUE task by its name, of a table by reading it, and 2 where no data are named."""
     if task is None:
-        return 2
+        if table is None:
+            return 1 if regression else 2
+        from spafit.data.training import table_data
+
+        data = table_data({"train": table}, text=text, text2=text2, label=label, regression=regression, header=header)
+        return 1 if data.labels is None else len(data.labels)
     from spafit.data.glue_tasks import GLUE_TASKS
     from spafit.errors import UsageError, did_you_mean
 
@@ -313,6 +338,15 @@ def _number_of_labels(task: str | None, regression: bool) -> int:
         raise UsageError(f"GLUE has no task {task!r}.{did_you_mean(task, GLUE_TASKS)}")
     known = GLUE_TASKS[task]
     return 1 if known.regression else len(known.labels or ())
+
+
+def _shares(given: str | None) -> tuple[float, ...]:
+    from spafit.errors import UsageError
+
+    try:
+        return tuple(float(share) for share in given.split(",")) if given else ()
+    except ValueError:
+        raise UsageError(f"--interpolate {given!r} must be numbers from 0 to 1 with commas, such as 0,0.5,1.") from None
 
 
 def _choice(option: str, value: str, name: str) -> Any:

@@ -26,6 +26,7 @@ from analysis.cli.train import (
 
 if TYPE_CHECKING:
     from spafit.adapt import StratifiedModel
+    from spafit.data.training import TrainData
 
 Folder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a trained model (…/seed-0/model).")]
 
@@ -48,7 +49,10 @@ def evaluate(
 ) -> None:
     """Score a trained model on a table or a GLUE task's labelled splits.
 
-    Example: `spafit evaluate runs/train/default-rte-spafit-scaled-I/seed-0/model --task rte --data glue_data`
+    The model's classes are matched with the task's by name, so their order makes no difference; other classes are
+    refused.
+
+    Example: `spafit evaluate runs/train/all-MiniLM-L6-v2-rte-spafit-scaled-I/seed-0/model --task rte --data glue_data`
     """
     from spafit.batches import encode
     from spafit.metrics import compute_metrics, headline
@@ -60,12 +64,14 @@ def evaluate(
         header=not no_header, metrics=None, offline=offline, labels=_labels(base),
         skip_bad_rows=skip_bad_rows,
     )  # fmt: skip
+    _check_pairs(given, base)
+    order = given.output_order(None if base["regression"] else _labels(base) or _outputs(stratified.model))
     scores: dict[str, dict[str, float]] = {}
     for split in given.scored_splits:
         encoded = encode(
             given.frames[split], tokenizer, max_length=base.get("max_length", 512), regression=given.regression
         )
-        logits = predict_logits(stratified.model, encoded, tokenizer)
+        logits = predict_logits(stratified.model, encoded, tokenizer)[:, order]
         assert encoded.labels is not None
         found = compute_metrics(given.metrics, predicted(logits, regression=given.regression), encoded.labels)
         scores[split] = {**found, "headline": headline(found, given.metrics), "items": len(encoded)}
@@ -102,6 +108,8 @@ def predict(
         None, None, None, {"table": table}, text=text, text2=text2, label=None, regression=base["regression"],
         header=not no_header, metrics=None, offline=offline, labels=_labels(base),
     )  # fmt: skip
+    _check_pairs(given, base)
+    out = out.with_suffix("") if out.suffix in (".csv", ".parquet") else out
     frame = given.frames["table"]
     encoded = encode(frame, tokenizer, max_length=base.get("max_length", 512), regression=given.regression)
     logits = predict_logits(stratified.model, encoded, tokenizer)
@@ -119,11 +127,16 @@ def merge(
 ) -> None:
     """Merge an adapter into its base and write a plain transformers model.
 
-    Example: `spafit merge runs/train/default-rte-spafit-scaled-I/seed-0/model --out merged`
+    Example: `spafit merge runs/train/all-MiniLM-L6-v2-rte-spafit-scaled-I/seed-0/model --out merged`
     """
-    stratified, tokenizer, _ = _load(folder, offline=offline, device="cpu")
+    from spafit.errors import OutputError
     from spafit.hub import quiet
 
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(
+            f"--out {out} exists and is not empty; a merged model gets a folder of its own. Choose another."
+        )
+    stratified, tokenizer, _ = _load(folder, offline=offline, device="cpu")
     out.mkdir(parents=True, exist_ok=True)
     with quiet():
         stratified.merge().save_pretrained(str(out))
@@ -144,5 +157,21 @@ def _load(folder: Path, *, offline: bool, device: str) -> tuple[StratifiedModel,
     return stratified, tokenizer, content["base"]
 
 
+def _check_pairs(given: TrainData, base: dict[str, Any]) -> None:
+    """Refuse single texts for a model of pairs, and pairs for one of single texts."""
+    from spafit.errors import UsageError
+
+    if "paired" not in base or base["paired"] == given.paired:
+        return
+    trained, got = ("pairs of texts", "single texts") if base["paired"] else ("single texts", "pairs of texts")
+    remedy = "Name the second column with --text2." if base["paired"] else "Leave --text2 out."
+    raise UsageError(f"This model was trained on {trained}, and the data hold {got}. {remedy}")
+
+
 def _labels(base: dict[str, Any]) -> tuple[str, ...] | None:
     return None if base.get("labels") is None else tuple(base["labels"])
+
+
+def _outputs(model: Any) -> tuple[str, ...]:
+    """Names of the outputs by transformers' configuration, for a model that was saved without names of its classes."""
+    return tuple(model.config.id2label[i] for i in range(model.config.num_labels))

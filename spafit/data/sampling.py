@@ -20,6 +20,27 @@ def stratified_subset(frame: pd.DataFrame, n: int, seed: int, label: str = "labe
     Raises:
         UsageError: ``n`` is not from 1 to the number of rows, or a label is missing.
     """
+    return frame.iloc[_drawn(frame, n, seed, label)]
+
+
+def hold_out(
+    frame: pd.DataFrame, share: float, *, seed: int, most: int | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Split the training items into those trained on and ``share`` of them held out to select on: (kept, held out).
+
+    With ``most``, only so many are used in all. Both draws keep the shares of the labels.
+    """
+    if most is not None and most < len(frame):
+        frame = stratified_subset(frame, most, seed)
+    n = round(share * len(frame))
+    if n == 0:
+        return frame, frame.iloc[:0]
+    held = _drawn(frame, n, seed)
+    return frame.iloc[np.setdiff1d(np.arange(len(frame)), held)], frame.iloc[held]  # by place: an index may repeat
+
+
+def _drawn(frame: pd.DataFrame, n: int, seed: int, label: str = "label") -> NDArray[np.int64]:
+    """The places of the rows of :func:`stratified_subset`."""
     if not 1 <= n <= len(frame):
         raise UsageError(f"A subset of {n} rows cannot be drawn from {len(frame)}. Use 1 to {len(frame)}.")
     values = frame[label]
@@ -36,23 +57,7 @@ def stratified_subset(frame: pd.DataFrame, n: int, seed: int, label: str = "labe
     take[np.argsort(take - exact, kind="stable")[: n - take.sum()]] += 1
     rng = generator(seed, "stratified subset")
     chosen = [rng.permutation(np.flatnonzero(strata == s))[:k] for s, k in enumerate(take)]
-    return frame.iloc[np.sort(np.concatenate(chosen))]
-
-
-def hold_out(
-    frame: pd.DataFrame, share: float, *, seed: int, most: int | None = None
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Split the training items into those trained on and ``share`` of them held out to select on: (kept, held out).
-
-    With ``most``, only so many are used in all. Both draws keep the shares of the labels.
-    """
-    if most is not None and most < len(frame):
-        frame = stratified_subset(frame, most, seed)
-    n = round(share * len(frame))
-    if n == 0:
-        return frame, frame.iloc[:0]
-    held = stratified_subset(frame, n, seed)
-    return frame.drop(index=held.index), held
+    return np.sort(np.concatenate(chosen))
 
 
 def class_weights(labels: ArrayLike, *, n_classes: int | None = None) -> NDArray[np.float64]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from spafit import io
+from spafit.class_names import are_placeholders, places_of
 from spafit.data.glue import read_glue
 from spafit.data.glue_tasks import GLUE_TASKS
 from spafit.data.sampling import hold_out, stratified_subset
@@ -72,6 +73,34 @@ class TrainData:
             return self
         frames = {**self.frames, split: stratified_subset(frame, n, seed)}
         return replace(self, frames=frames, digests={})
+
+    def output_order(self, labels: Sequence[str] | None) -> list[int]:
+        """Which of a model's outputs belongs to each class of this task: ``logits[:, order]`` are in the task's order.
+
+        The outputs are put in the task's order rather than the labels in the model's, since F1 is of the task's
+        second class.
+
+        Args:
+            labels: names of the model's classes in the order of its outputs, None for a regression. Names that say
+                nothing (``LABEL_0``, ``LABEL_1``, …) are taken to be in the task's order.
+
+        Raises:
+            DataError: the model has other classes, or one of the two is a regression.
+        """
+        order: list[int] | None
+        if labels is None or self.labels is None:
+            order = [0] if labels is None and self.labels is None else None
+        elif are_placeholders(labels) and len(labels) == len(self.labels):
+            order = list(range(len(labels)))
+        else:
+            order = places_of(self.labels, labels)
+        if order is None:
+            needed, got = (f"the classes {', '.join(c)}" if c is not None else "a value" for c in (self.labels, labels))
+            raise DataError(
+                f"{self.name} needs a model that predicts {needed} (in any order), and this one predicts {got}. Use "
+                "data with the model's labels, or a model that was trained on this task."
+            )
+        return order
 
 
 def glue_data(

@@ -56,15 +56,10 @@ def interpolate(
 
     if isinstance(share, bool) or not 0 <= share <= 1:
         raise UsageError(f"The share must lie between 0 (start) and 1 (trained); got {share!r}.")
+    check_line(stratified)
     origin = _origin(stratified, start)
-    layers = []
-    for part in stratified.plan.parts:
-        if part.targets and (part.stratum is None or part.stratum.lora is None or part.method == "dora"):
-            raise ModelError(
-                f"{part.name} trains with {part.method}, whose weights do not lie on a straight line between start and "
-                "trained. Interpolation knows bitfit, norm, full and lora."
-            )
-        layers += [stratified.model.get_base_model().get_submodule(t) for t in part.targets]
+    targets = [target for part in stratified.plan.parts for target in part.targets]
+    layers = [stratified.model.get_base_model().get_submodule(t) for t in targets]
     parameters = canonical_parameters(stratified.model)
     moving = {n: t for n, t in origin.items() if head == "interpolate" or stratified.part_of[n] != "head"}
     trained = {name: parameters[name].detach().clone() for name in moving}
@@ -83,6 +78,20 @@ def interpolate(
                 parameters[name].copy_(value)
         for layer, factor in zip(layers, factors, strict=True):
             layer.scaling[ADAPTER] = factor
+
+
+def check_line(stratified: StratifiedModel) -> None:
+    """See that a plan's weights lie on straight lines between start and trained.
+
+    Raises:
+        ModelError: the plan holds DoRA, IA3 or another method whose weights do not.
+    """
+    for part in stratified.plan.parts:
+        if part.targets and (part.stratum is None or part.stratum.lora is None or part.method == "dora"):
+            raise ModelError(
+                f"{part.name} trains with {part.method}, whose weights do not lie on a straight line between start and "
+                "trained. Interpolation knows bitfit, norm, full and lora."
+            )
 
 
 def sweep(

@@ -19,10 +19,11 @@ _OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
 }
 
 
-def parse_remedy(text: str) -> L2SP | EWC | KLToBase | Replay:
+def parse_remedy(text: str, *, folder: Path = Path()) -> L2SP | EWC | KLToBase | Replay:
     """Read ``name:weight[,option=value…]``: ``l2sp:0.01``, ``ewc:100,data=FILE.tsv,labels=given``.
 
-    ``data`` names a table with the columns ``text``, optionally ``text2``, and ``label`` where labels are read.
+    ``data`` names a table with the columns ``text``, optionally ``text2``, and ``label`` where labels are read; the
+    path is relative to ``folder``.
 
     Raises:
         UsageError: an unknown name or option, a weight or value that cannot be read, or a missing ``data``.
@@ -52,7 +53,7 @@ def parse_remedy(text: str) -> L2SP | EWC | KLToBase | Replay:
         raise UsageError(f"{text!r}: {name} needs items. Add data=FILE, a table with the columns text and label.")
     from spafit.data.tables import read_table_file
 
-    options["data"] = read_table_file(options["data"])
+    options["data"] = read_table_file(folder / options["data"].expanduser())
     kinds: dict[str, Any] = {"ewc": EWC, "kl": KLToBase, "replay": Replay}
     made: EWC | KLToBase | Replay = kinds[name](weight, **options)
     return made

@@ -85,6 +85,8 @@ def write_page() -> None:
     """README.md from rows.csv."""
     rows = pd.read_csv(HERE / "rows.csv")
     main = rows[rows["metric"] == "headline"]
+    undefined = _undefined(main)
+    main = main.fillna({"value": 0.0, "held_out": 0.0})
     chosen = (
         main.groupby(["task", "method", "learning_rate"])["held_out"].mean().reset_index()
         .sort_values("held_out", kind="stable").groupby(["task", "method"]).last().reset_index()
@@ -97,6 +99,7 @@ def write_page() -> None:
         f"each; the rate is chosen by the {CHOSEN_BY}, the score is on the task's development set (Matthews for CoLA, "
         "mean of Pearson and Spearman for STS-B, accuracy for the others), mean ± standard deviation over seeds.",
         "Made by `python docs/results/glue_minilm/run.py` from `rows.csv`.",
+        *undefined,
         "",
     ]
     for task in [t for t in TASKS if t in set(best["task"])]:
@@ -108,29 +111,51 @@ def write_page() -> None:
         ]
         for method in [m for m in METHODS if m in set(best[best["task"] == task]["method"])]:
             own = best[(best["task"] == task) & (best["method"] == method)]
-            values = own["value"].fillna(0.0)
             lines.append(
-                f"| {method} | {values.mean():.3f} ± {values.std():.3f} | {int(own['trainable'].iloc[0]):,} "
-                f"({100 * own['trainable'].iloc[0] / own['total'].iloc[0]:.2f} %) | {own['learning_rate'].iloc[0]:g} | "
-                f"{own['seconds'].mean():.0f} | {own['peak_memory_bytes'].max() / 1e9:.2f} GB |"
+                f"| {method} | {own['value'].mean():.3f} ± {own['value'].std():.3f} | "
+                f"{int(own['trainable'].iloc[0]):,} ({100 * own['trainable'].iloc[0] / own['total'].iloc[0]:.2f} %) | "
+                f"{own['learning_rate'].iloc[0]:g} | {own['seconds'].mean():.0f} | "
+                f"{own['peak_memory_bytes'].max() / 1e9:.2f} GB |"
             )
         lines.append("")
     lines += [*_reading(best), ""]
     (HERE / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
+def _undefined(main: pd.DataFrame) -> list[str]:
+    """A sentence on the scores that have no value and count as 0, if there are any."""
+    found = []
+    for column, name in (("value", "scores"), ("held_out", "held-out scores")):
+        missing = main[column].isna().groupby([main["task"], main["method"], main["learning_rate"]], sort=False)
+        for (task, method, rate), lost in missing:
+            if lost.any():
+                found.append(f"{lost.sum()} of {len(lost)} {name} of {task}, {method}, learning rate {rate:g}")
+    if not found:
+        return []
+    return [f"Undefined scores (a constant prediction has no correlation) count as 0: {'; '.join(found)}."]
+
+
 def _reading(best: pd.DataFrame) -> list[str]:
     """What the table shows and does not, from its own numbers."""
     lines = ["## What this shows, and what it does not", ""]
     for task, own in best.groupby("task", sort=False):
-        scores = own.assign(value=own["value"].fillna(0.0)).groupby("method")["value"]
+        scores = own.groupby("method")["value"]
         means, spread = scores.mean().sort_values(ascending=False), scores.std().mean()
         within = [m for m in means.index if means.iloc[0] - means[m] <= 2 * spread]
         lines.append(
             f"- {task}: best mean {means.index[0]} ({means.iloc[0]:.3f}); {len(within)} of {len(means)} plans lie "
             f"within two typical standard deviations over seeds ({2 * spread:.3f}) of it: {', '.join(within)}."
         )
+        constant = [m for m in means.index if task == "cola" and (own[own["method"] == m]["value"] == 0).all()]
+        if constant:
+            lines.append(
+                f"- {task}: a Matthews coefficient of exactly 0 for every seed is one class predicted throughout: "
+                f"{', '.join(constant)} learned nothing that the score can see in this few steps."
+            )
     lines += [
+        "- RTE and WNLI need inference over a pair of sentences, STS-B was given to the model as one joined text: "
+        "this encoder was trained on single sentences, and so few items do not teach it more.",
+        "- Seconds are those of the committed runs: training with its set-up and the scoring of the development set.",
         "- Seconds and memory are of two shared cores beside other work; ratios of speed belong to `tests/bench`.",
         "- A sentence encoder of six blocks, few items and three seeds: differences between plans that are smaller "
         "than the spread over seeds are not differences. Nothing here speaks about BERT-large or full training sets.",
