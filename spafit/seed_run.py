@@ -165,8 +165,8 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     plans = [{k: v for k, v in record["plan"].items() if k != "provenance"} for record in (before, now)]
     found += ["another plan"] if plans[0] != plans[1] else []
     found += [f"model {before['model']['name']}"] if before["model"] != now["model"] else []
-    for part in ("remedies", "device", "processes"):
-        found += [f"{part} {before.get(part)!r}, not {now[part]!r}"] if before.get(part) != now[part] else []
+    for part, called in (("remedies", "remedies"), ("device", "device"), ("processes", "number of processes")):
+        found += [f"{called} {before.get(part)!r}, not {now[part]!r}"] if before.get(part) != now[part] else []
     found += ["other data"] if before.get("data") != now["data"] else []
     return "; ".join(found) or "made by another version of this package, or from other weights"
 
