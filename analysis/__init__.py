@@ -9,6 +9,9 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "compare": "analysis.comparing",
+    "Comparison": "analysis.comparison",
+    "forgetting_table": "analysis.forgetting",
     "localization_test": "analysis.localization",
     "LocalizationTest": "analysis.localization",
     "suggest_strata": "analysis.suggestion",

@@ -264,8 +264,8 @@ def permutation_p(a: Side, b: Side, layout: Layout, *, n_permutations: int = 199
 
     One item is drawn from each sentence, and at most :data:`MOST_PERMUTED` sentences; HSIC1 of the draw is compared
     with HSIC1 after shuffling (the denominators of CKA do not change). p = (1 + hits) / (1 + n_permutations), so its
-    smallest value is set by ``n_permutations``. A small p says that the sides are related, not how closely; and it rests
-    on one draw, so near 0 it can disagree with a value that uses all items.
+    smallest value is set by ``n_permutations``. A small p says that the sides are related, not how closely; and it
+    rests on one draw, so near 0 it can disagree with a value that uses all items.
     """
     random = generator(seed, "permutation of sentences")
     chosen = np.arange(layout.n)

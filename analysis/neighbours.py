@@ -38,8 +38,9 @@ def mutual_knn(
     :func:`analysis.sentences.usable_items`).
 
     The raw variant changes with a shift of the states (cosines are taken from the origin) and not with a rotation;
-    z-scores the other way round. Do not trust it where many states are equal (hidden 0 of a model that adds positions later): which of them are
-    nearest is then arbitrary. The interval is of the queries' sentences, with all items fixed as candidates.
+    z-scores the other way round. Do not trust it where many states are equal (hidden 0 of a model that adds positions
+    later): which of them are nearest is then arbitrary. The interval is of the queries' sentences, with all items
+    fixed as candidates.
 
     Args:
         x: shape (items, d).

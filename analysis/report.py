@@ -57,7 +57,7 @@ def write_report(
     content["bibtex"] = bibtex(results.run)
     shown = [{**f, "svg": plotting.inline_svg(f["figure"], prefix=f["file"], title=f["title"])} for f in figures]
     page = _render_page(content, shown, results)
-    markdown = _environment(escape=False).get_template("report.md.j2").render(**content, figures=figures)
+    markdown = page_environment(escape=False).get_template("report.md.j2").render(**content, figures=figures)
     io.write_text(folder / "report.html", page)
     io.write_text(folder / "report.md", re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n")
     return (folder / "report.html", folder / "report.md", *paths)
@@ -94,7 +94,7 @@ def _render_page(content: Mapping[str, Any], figures: list[dict[str, Any]], resu
     from markupsafe import Markup
 
     safe = [{**f, "svg": Markup(f["svg"])} for f in figures]  # made by matplotlib, which escapes its texts
-    template = _environment(escape=True).get_template("report.html.j2")
+    template = page_environment(escape=True).get_template("report.html.j2")
     colors = {scheme: Markup(plotting.css_variables(scheme)) for scheme in ("light", "dark")}
     frame = {**content, "figures": safe, "colors": colors}
     empty = template.render(**frame, items=Markup("[]"), browsable=[])
@@ -103,7 +103,7 @@ def _render_page(content: Mapping[str, Any], figures: list[dict[str, Any]], resu
     return template.render(**frame, items=Markup(json_for_script(items)), browsable=items) + "\n"
 
 
-def _environment(*, escape: bool) -> Any:
+def page_environment(*, escape: bool) -> Any:
     """Jinja environment of this package's templates; the page escapes everything that is not marked as safe."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

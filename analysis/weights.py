@@ -129,7 +129,7 @@ def low_rank_drift(
             f"B {_shape(b.shape)} (outputs × rank) do not fit; for weights stored inputs × outputs give "
             "layout='in-out'."
         )
-    core = np.linalg.qr(b, mode="r") @ np.linalg.qr(a.T, mode="r").T
+    core = np.linalg.qr(b).R @ np.linalg.qr(a.T).R.T
     singular = abs(scale) * np.linalg.svd(core, compute_uv=False)
     shape = w.T.shape if layout == "in-out" else w.shape
     row = _row(name, shape, change=float(np.linalg.norm(singular)), norm=float(np.linalg.norm(w)))

@@ -116,7 +116,9 @@ class World:
         scale[classes:] = np.geomspace(0.5, 6, width - classes)  # unequal scales, as real states have
         types = rng.standard_normal((60, width)) * (np.arange(width) >= classes)
         mixing = np.linalg.qr(rng.standard_normal((width, width)))[0]
-        self.before = ((centres[self.labels] + 0.6 * types[self.words] + rng.standard_normal((n, width))) * scale) @ mixing
+        self.before = (
+            (centres[self.labels] + 0.6 * types[self.words] + rng.standard_normal((n, width))) * scale
+        ) @ mixing
         self.train, self.dev, self.align, self.test = np.split(np.arange(n), [600, 800, 1200])[0:4]
         self.subspace = np.linalg.pinv(np.diag(1 / scale) @ mixing)[:, :0]
         self.mixing, self.scale = mixing, scale
@@ -224,9 +226,7 @@ def test_intervals_cover_the_truth_in_95_percent_of_worlds() -> None:
         for s in range(seeds):
             train = rng.choice(n_train, 320, replace=False)
             rest = np.setdiff1d(np.arange(n_train), train)
-            fit, _ = fit_selected(
-                x[:, train], labels[train], x[:, rest], labels[rest], n_classes=2, l2_grid=(0.01,)
-            )
+            fit, _ = fit_selected(x[:, train], labels[train], x[:, rest], labels[rest], n_classes=2, l2_grid=(0.01,))
             guesses = fit.log_probabilities(x[:, n_train:])[:, 0, 0].argmax(-1)
             right[0, s, 0], right[3, s, 0] = guesses == labels[n_train:]
         groups = np.repeat(np.arange(clusters), per)

@@ -10,6 +10,8 @@ import typer
 
 from analysis.cli.cache import cache_app
 from analysis.cli.cite import cite
+from analysis.cli.compare import EXAMPLES as COMPARE_EXAMPLES
+from analysis.cli.compare import compare
 from analysis.cli.glue import EXAMPLES as GLUE_EXAMPLES
 from analysis.cli.glue import glue
 from analysis.cli.probe import EXAMPLES, probe
@@ -33,6 +35,7 @@ app.command("evaluate")(evaluate)
 app.command("predict")(predict)
 app.command("merge")(merge)
 app.command("glue", epilog=GLUE_EXAMPLES)(glue)
+app.command("compare", epilog=COMPARE_EXAMPLES)(compare)
 app.command("report")(report)
 app.command("cite")(cite)
 app.add_typer(tasks_app, name="tasks")

@@ -1,0 +1,410 @@
+"""`compare`: models before and after training on the same items, splits, probes and seeds, into one folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.comparison import KEYS, Comparison
+from analysis.forgetting import COLUMNS, forgetting_table
+from analysis.readings import Side, TaskReadings, read_task
+from probing.config import ProbeConfig, seed_numbers
+from probing.planning import extraction_options, plan_probing, timed
+from probing.results import ProbeResults
+from probing.running import run_plan
+from probing.shared_prefix import extract_sharing, unchanged_hidden
+from probing.tasks.base import Task
+from spafit import io
+from spafit.errors import DataError, SpafitError, UsageError
+from spafit.runtime import Progress, provenance
+
+if TYPE_CHECKING:
+    from spafit.models import LoadedModel
+
+#: Sentences that drift is measured on, at most.
+DRIFT_SENTENCES = 2000
+
+
+def compare(
+    before: Any,
+    after: Sequence[Any] | Any,
+    *,
+    tasks: Sequence[str | Task] = ("core",),
+    labels: Sequence[str] | None = None,
+    controls: Sequence[str] = ("word-type", "random-encoder"),
+    seeds: int | Sequence[int] = (0, 1, 2),
+    max_train: int | None = None,
+    limit: int | None = None,
+    pooling: Sequence[str] = ("mean",),
+    stack: str | None = None,
+    n_boot: int = 1000,
+    drift: bool = True,
+    device: str = "auto",
+    dtype: str = "float32",
+    cache_dir: str | Path | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    out: str | Path = "runs/compare",
+    command: str | None = None,
+    quiet: bool = False,
+) -> Comparison:
+    """What training changed, per task and hidden state: lost, moved, re-encoded, and drift; write a folder.
+
+    The first model is probed with its controls. Of every other one only hidden states from its first changed block on
+    are computed and probed: the others' terms are exactly 0. Finished work is kept, and the same call goes on.
+
+    Folders of probing runs are compared too: their models are loaded again where they can be had with the same
+    weights; otherwise only what their tables hold is compared (what was readable before and is readable now), and the
+    result says so. Tasks, seeds and controls are then those of the runs.
+
+    Args:
+        before: anything that :func:`spafit.load_model` takes (None: the built-in default), a
+            :class:`spafit.LoadedModel`, or the folder of a probing run.
+        after: one or more of the same kind; adapters of the first model as a rule. In the order of training, where
+            they follow one another.
+        tasks: as in :func:`probing.probe_layers`.
+        labels: names of the models after training; by default made from their references.
+        controls: ``word-type`` is subtracted from every reading; ``random-encoder`` gives the share forgotten and
+            costs an encoder per seed.
+        seeds: each redraws training items and controls.
+        max_train: training items per seed.
+        limit: items of each split, for a quick look.
+        pooling: how tokens become one state.
+        stack: which stack.
+        n_boot: bootstrap replicates.
+        drift: also measure the drift of states and weights.
+        device: torch device.
+        dtype: precision of the forward passes.
+        cache_dir: where states are cached.
+        offline: never ask the hub.
+        allow_pickle: accept pickle weights.
+        out: output folder.
+        command: how this was called, for the record.
+        quiet: no progress on stderr.
+
+    Raises:
+        SpafitError: a model, task or option that cannot be used; runs that share no task or differ in their settings.
+    """
+    started, seconds = time.time(), dict[str, float]()
+    folder = Path(out)
+    references = list(after) if isinstance(after, list | tuple) and not _is_pair(after) else [after]
+    if not references:
+        raise UsageError("Give at least one model after training.")
+    names = _labels(references, labels)
+    config = ProbeConfig(
+        model=None, tasks=tuple(t if isinstance(t, str) else t.name for t in tasks), stack=stack,
+        pooling=tuple(pooling), controls=tuple(controls), max_train=max_train, seeds=seed_numbers(seeds),
+        n_boot=n_boot, limit=limit, device=device, dtype=dtype, offline=offline, allow_pickle=allow_pickle,
+        cache_dir=None if cache_dir is None else str(cache_dir), out=str(folder / "before"),
+    )  # fmt: skip
+    given = [t for t in tasks if isinstance(t, Task)]
+    first = _first_side(before, config, given, seconds)
+    sides = {name: _later_side(ref, name, first, folder, seconds) for name, ref in zip(names, references, strict=True)}
+    _extract(first, sides, quiet=quiet, seconds=seconds)
+    with timed(seconds, "probe before"):
+        first = replace(first, results=_results(first, quiet=quiet))
+    for name, side in sides.items():
+        with timed(seconds, "probe after"):
+            sides[name] = replace(side, results=_results(side, quiet=quiet))
+    forgetting, drifts, maps, weights = [], [], [], []
+    facts: dict[str, dict[str, Any]] = {}
+    for name, side in sides.items():
+        with timed(seconds, "forgetting"):
+            forgetting += _forgetting(name, first, side, n_boot=n_boot, quiet=quiet)
+        facts[name] = _facts(first, side)
+        if drift and first.plan is not None and side.plan is not None and side.comparable:
+            with timed(seconds, "drift"):
+                table, heat = _drift(name, first, side)
+                drifts.append(table)
+                maps.append(heat)
+                weights.append(_weights(name, first, side))
+    if not forgetting:
+        raise DataError("The runs share no task with the same items, so nothing can be compared. Probe the same tasks.")
+    seconds["total"] = round(time.time() - started, 1)
+    run = {
+        "schema_version": io.SCHEMA_VERSION,
+        "command": command or "analysis.compare",
+        "before": first.name,
+        "after": list(sides),
+        "models": facts,
+        "tasks": {t: first.facts(t) for t in dict.fromkeys(r["task"].iloc[0] for r in forgetting)},
+        "notes": _notes(first, sides),
+        "seconds": seconds,
+        **provenance(),
+    }
+    found = Comparison(
+        run=run, forgetting=pd.concat(forgetting, ignore_index=True)[[*KEYS, *COLUMNS]],
+        drift=_together(drifts), cka_map=_together(maps), weights=_together(weights), retention=None, folder=folder,
+    )  # fmt: skip
+    found.save(folder)
+    return found
+
+
+# ---------------------------------------------------------------- the models
+
+
+def _is_pair(value: Any) -> bool:
+    from torch import nn
+
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], nn.Module)
+
+
+def _labels(references: Sequence[Any], given: Sequence[str] | None) -> list[str]:
+    if given is not None:
+        if len(given) != len(references) or len(set(given)) < len(given) or not all(given):
+            raise UsageError(f"labels must be {len(references)} different names; got {list(given)}.")
+        return [g.replace("/", "-") for g in given]
+    names = []
+    for i, reference in enumerate(references):
+        path = Path(reference) if isinstance(reference, str | Path) else None
+        parts = [] if path is None else [p for p in path.parts if p != "model" and not p.startswith("seed-")]
+        names.append(parts[-1] if parts else f"after-{i + 1}")
+    return [n if names.count(n) == 1 else f"{n}-{i + 1}" for i, n in enumerate(names)]
+
+
+def _run_folder(reference: Any) -> Path | None:
+    """The folder of a probing run, if that is what the reference is."""
+    path = Path(reference) if isinstance(reference, str | Path) else None
+    return path if path is not None and (path / "scores.parquet").is_file() else None
+
+
+def _checked(reference: Any) -> Any:
+    """The reference; a folder of training results is answered with what to give instead."""
+    path = Path(reference) if isinstance(reference, str | Path) else None
+    if path is not None and not (path / "config.json").exists():
+        model = next(iter(sorted(path.glob("seed-*/model"))), None)
+        if model is not None:
+            raise UsageError(f"{path} is a folder of training results. Give one seed's model, such as {model}.")
+    return reference
+
+
+def _first_side(reference: Any, config: ProbeConfig, given: Sequence[Task], seconds: dict[str, float]) -> Side:
+    folder = _run_folder(reference)
+    if folder is not None:
+        return _from_run(folder, "before", seconds)
+    plan = plan_probing(
+        replace(config, model=_said(reference)), model=_checked(reference), given=given,
+        only_given=bool(given) and set(config.tasks) == {t.name for t in given},
+    )  # fmt: skip
+    return Side(plan.loaded.name, plan, None, plan.out, unchanged=0, why="")
+
+
+def _said(reference: Any) -> str | None:
+    return str(reference) if isinstance(reference, str | Path) else None
+
+
+def _from_run(folder: Path, name: str, seconds: dict[str, float]) -> Side:
+    """A finished probing run, with its model where that can be loaded with the same weights."""
+    results = ProbeResults.load(folder)
+    content = {k: v for k, v in results.run["config"].items() if v is not None}
+    config = replace(ProbeConfig.from_dict(content, where=str(folder)), out=str(folder), overwrite="missing")
+    try:
+        plan = plan_probing(config)
+    except SpafitError as error:
+        return Side(
+            name, None, results, folder, unchanged=0, why=f"{folder}: its model or tasks cannot be had ({error})"
+        )
+    recorded = results.run["model"]
+    if (plan.loaded.weights_digest, plan.loaded.adapter_digest) != (
+        recorded["weights_digest"], recorded["adapter_digest"],
+    ):  # fmt: skip
+        return Side(name, None, results, folder, unchanged=0, why=f"{folder}: its model has other weights now")
+    return Side(plan.loaded.name if name == "before" else name, plan, None, folder, unchanged=0, why="")
+
+
+def _later_side(reference: Any, name: str, first: Side, folder: Path, seconds: dict[str, float]) -> Side:
+    run = _run_folder(reference)
+    if run is not None:
+        side = _from_run(run, name, seconds)
+        if side.plan is None or first.plan is None:
+            return side
+        loaded = side.plan.loaded
+        return replace(
+            side, unchanged=_unchanged(first.plan.loaded, loaded, side.plan.config.stack), **_fit(first, loaded)
+        )
+    if first.plan is None:
+        raise UsageError(
+            f"{first.why}. Give run folders for the models after training, too, or a model before training that can be "
+            "loaded."
+        )
+    from spafit.models import LoadedModel, load_model
+
+    base = first.plan.config
+    with timed(seconds, "load models"):
+        loaded = (
+            reference if isinstance(reference, LoadedModel)
+            else load_model(_checked(reference), offline=base.offline, allow_pickle=base.allow_pickle)
+        )  # fmt: skip
+    unchanged = _unchanged(first.plan.loaded, loaded, base.stack)
+    same = unchanged > first.plan.stack.num_blocks
+    fit = _fit(first, loaded)
+    if same:
+        return Side(name, None, None, None, unchanged=unchanged, why="", **fit)
+    out = folder / "after" / name
+    config = replace(
+        base, model=_said(reference), revision=None, controls=tuple(c for c in base.controls if c == "word-type"),
+        layers="all" if not fit["comparable"] else f"{unchanged}-{first.plan.stack.num_blocks}",
+        tasks=tuple(t.name for t in first.plan.tasks), out=str(out),
+    )  # fmt: skip
+    plan = plan_probing(config, model=loaded, given=first.plan.tasks, only_given=True)
+    return Side(name, plan, None, out, unchanged=unchanged if fit["comparable"] else 0, why="", **fit)
+
+
+def _unchanged(before: LoadedModel, after: LoadedModel, stack: str | None) -> int:
+    return unchanged_hidden(before, after, stack=stack) if before.tokenizer_digest == after.tokenizer_digest else 0
+
+
+def _fit(first: Side, loaded: LoadedModel) -> dict[str, Any]:
+    """Whether hidden states of one model stand beside those of the other, and what cannot be compared."""
+    from probing.forward import pick_stack
+
+    assert first.plan is not None
+    old, new = first.plan.stack, pick_stack(loaded, first.plan.config.stack)
+    if new.num_blocks != old.num_blocks:
+        raise UsageError(
+            f"{loaded.name} has {new.num_blocks} blocks and {first.plan.loaded.name} has {old.num_blocks}: no hidden "
+            "state of one stands for one of the other. Compare checkpoints of one architecture; curves of different "
+            "models over relative depth come from spafit-probe --model A --model B."
+        )
+    missing = ""
+    if new.width != old.width:
+        missing = f"the widths differ ({old.width} and {new.width}), so probes do not transfer; only lost is given. "
+    elif loaded.tokenizer_digest != first.plan.loaded.tokenizer_digest:
+        missing = "the tokenizers differ, so that part of a change may be other tokens. "
+    return {"comparable": new.width == old.width, "missing": missing}
+
+
+# ---------------------------------------------------------------- states and probes
+
+
+def _extract(first: Side, sides: dict[str, Side], *, quiet: bool, seconds: dict[str, float]) -> None:
+    """States of all models, shared ones once; what this leaves out the probing runs compute themselves."""
+    if first.plan is None:
+        return
+    with_plan = {n: s for n, s in sides.items() if s.plan is not None and s.comparable}
+    corpora = {c: t.texts for c, t in first.plan.needed.items()}
+    config = first.plan.config
+    todo = {
+        n: (s.plan.loaded, s.unchanged) for n, s in with_plan.items()
+        if s.plan is not None and {t.name for t in s.plan.tasks} - s.plan.done
+    }  # fmt: skip
+    if not todo:
+        return
+    tokens = sum(p.tokens for p in first.plan.extractions.values()) * (1 + len(todo))
+    with timed(seconds, "encode"), Progress(f"Encoding with {1 + len(todo)} models", tokens, quiet=quiet) as progress:
+        for corpus, texts in corpora.items():
+            extract_sharing(
+                first.plan.loaded, todo, texts, options=extraction_options(config, first.plan.tasks, corpus),
+                device=first.plan.device, cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
+                progress=progress.advance,
+            )  # fmt: skip
+
+
+def _results(side: Side, *, quiet: bool) -> ProbeResults | None:
+    return side.results if side.plan is None else run_plan(side.plan, quiet=quiet)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _forgetting(name: str, first: Side, side: Side, *, n_boot: int, quiet: bool) -> list[pd.DataFrame]:
+    tables = []
+    assert first.results is not None
+    tasks = [t for t in first.results.tasks if side.results is None or t in side.results.tasks]
+    with Progress(f"Comparing {name}", len(tasks), quiet=quiet) as progress:
+        for task in tasks:
+            found = read_task(first, side, task)
+            if found is not None:
+                tables += [_table(name, reading, n_boot=n_boot) for reading in found]
+            progress.advance(1)
+    return tables
+
+
+def _table(name: str, reading: TaskReadings, *, n_boot: int) -> pd.DataFrame:
+    table = forgetting_table(
+        reading.values, reading.groups, hidden=reading.hidden, control=reading.control, random=reading.random,
+        reasons=reading.reasons, n_boot=n_boot,
+    )  # fmt: skip
+    keys = {"model": name, **reading.keys, "control": "none" if reading.control is None else "word-type"}
+    return table.assign(**keys)[[*KEYS, *COLUMNS]]
+
+
+def _drift(name: str, first: Side, side: Side) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Drift of the largest corpus's states: sentences where there are any, else words by sentence."""
+    from analysis.drift import cka_heat_map, drift_table
+
+    assert first.plan is not None
+    corpus = max(first.plan.needed, key=lambda c: len(first.plan.needed[c].texts))  # type: ignore[union-attr]
+    unit, groups, states = side_states(first, side, corpus, most=DRIFT_SENTENCES)
+    hidden = list(first.plan.hidden)
+    own = {"model": name, "unit": unit, "stack": first.plan.stack.name}
+    tables = drift_table(states[0], states[1], groups, hidden=hidden), cka_heat_map(*states, groups, hidden=hidden)
+    return tuple(t.assign(**own)[[*own, *[c for c in t if c not in own]]] for t in tables)  # type: ignore[return-value]
+
+
+def side_states(
+    first: Side, side: Side, corpus: str, *, most: int
+) -> tuple[str, np.ndarray, tuple[Callable[[int], np.ndarray], Callable[[int], np.ndarray]]]:
+    """Unit, sentence of each row, and readers of the states of two models by hidden index, for part of a corpus."""
+    from spafit.runtime import generator
+
+    stores = first.store(corpus), side.store(corpus)
+    assert first.plan is not None
+    n = len(first.plan.needed[corpus].texts)
+    texts = np.sort(generator(0, "drift sentences").permutation(n)[:most])
+    pooling = first.plan.config.pooling[0]
+    sentences = any(t.unit != "word" for t in first.plan.tasks if t.corpus.name == corpus)
+    if sentences:
+        rows, groups = texts, texts
+    else:
+        starts, stops = stores[0].word_offsets[texts], stores[0].word_offsets[texts + 1]
+        rows = np.concatenate([np.arange(a, b) for a, b in zip(starts, stops, strict=True)])
+        groups = np.repeat(texts, stops - starts)
+        good = stores[0].word_valid[rows] & stores[1].word_valid[rows]
+        rows, groups = rows[good], groups[good]
+
+    def reader(of: Side, store: Any) -> Callable[[int], np.ndarray]:
+        read = store.sentences if sentences else store.words
+        return lambda h: read(pooling, hidden=h, rows=rows)
+
+    old = reader(first, stores[0])
+    new = reader(side, stores[1])
+    both = old, lambda h: old(h) if h < side.unchanged else new(h)
+    return ("sentence" if sentences else "word"), groups, both
+
+
+def _weights(name: str, first: Side, side: Side) -> pd.DataFrame:
+    from analysis.weights import weight_drift
+
+    assert first.plan is not None
+    assert side.plan is not None
+    table = weight_drift(first.plan.loaded.model.state_dict(), side.plan.loaded.model.state_dict())
+    return table.assign(model=name)[["model", *table.columns]]
+
+
+def _facts(first: Side, side: Side) -> dict[str, Any]:
+    loaded = None if side.plan is None else side.plan.loaded
+    return {
+        "reference": None if loaded is None else loaded.reference,
+        "weights_digest": None if loaded is None else loaded.weights_digest,
+        "adapter_digest": None if loaded is None else loaded.adapter_digest,
+        "unchanged": side.unchanged,
+        "missing": " ".join(m.strip() for m in (side.missing, first.why, side.why) if m).strip(),
+    }
+
+
+def _notes(first: Side, sides: dict[str, Side]) -> list[str]:
+    notes = [] if first.results is None else list(first.results.run["warnings"])
+    for name, side in sides.items():
+        notes += [f"{name}: {n}" for n in (() if side.results is None else side.results.run["warnings"])]
+    return list(dict.fromkeys(notes))
+
+
+def _together(tables: Sequence[pd.DataFrame]) -> pd.DataFrame | None:
+    return pd.concat(tables, ignore_index=True) if tables else None

@@ -1,0 +1,213 @@
+"""What a comparison of models found: a view on its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from spafit import io
+from spafit.errors import DataError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: Columns before those of :data:`analysis.forgetting.COLUMNS` in the table ``forgetting``.
+KEYS = ("model", "task", "level", "unit", "stack", "site", "pooling", "probe", "control", "split", "metric")
+TABLES = ("forgetting", "drift", "cka_map", "weights", "retention")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Forgetting, drift and retention of one or more models against the one that they started from.
+
+    Attributes:
+        run: content of ``run.json``: command, models, tasks, what was and was not compared, versions, seconds.
+        forgetting: columns :data:`KEYS`, then :data:`analysis.forgetting.COLUMNS`. ``control`` names what was
+            subtracted (``word-type``, or ``none``).
+        drift: ``model``, ``unit``, ``stack``, then :data:`analysis.drift.COLUMNS`; None without states.
+        cka_map: like ``drift``, for every pair of hidden states.
+        weights: ``model``, then :data:`analysis.weights.COLUMNS`; None where the weights were not to be had.
+        retention: ``model``, then what :func:`analysis.retention.retention_table` gives; None without texts.
+        folder: where the files lie.
+    """
+
+    run: dict[str, Any]
+    forgetting: pd.DataFrame
+    drift: pd.DataFrame | None
+    cka_map: pd.DataFrame | None
+    weights: pd.DataFrame | None
+    retention: pd.DataFrame | None
+    folder: Path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Comparison:
+        """Read the folder that ``spafit compare`` wrote.
+
+        Raises:
+            DataError: the folder holds no comparison, or a newer version of this package wrote it.
+        """
+        folder = Path(folder)
+        if not (folder / "forgetting.parquet").is_file() or not (folder / "run.json").is_file():
+            raise DataError(
+                f"{folder} holds no comparison (no forgetting.parquet). Run spafit compare with this --out."
+            )
+        run = io.read_json(folder / "run.json")
+        if run.get("schema_version", 0) > io.SCHEMA_VERSION:
+            raise DataError(
+                f"{folder} was written with schema version {run['schema_version']}, this package reads up to "
+                f"{io.SCHEMA_VERSION}. Upgrade spafit."
+            )
+        tables = {n: io.read_table(folder / n) if (folder / f"{n}.parquet").is_file() else None for n in TABLES}
+        return cls(run=run, folder=folder, **tables)  # type: ignore[arg-type]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the tables and ``run.json`` into ``folder``."""
+        folder = Path(folder)
+        for name in TABLES:
+            table = getattr(self, name)
+            if table is not None:
+                io.write_table(folder / name, table)
+        io.write_json(folder / "run.json", self.run)
+        return folder
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Labels of the models after training."""
+        return tuple(self.run["after"])
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that were compared."""
+        return tuple(dict.fromkeys(self.forgetting["task"]))
+
+    def to_pandas(self, *, metric: str = "accuracy", split: str | None = None) -> pd.DataFrame:
+        """Rows of the table ``forgetting`` for one metric, and for each task's first test split unless one is named."""
+        if metric not in set(self.forgetting["metric"]):
+            allowed = list(self.forgetting["metric"].unique())
+            raise UsageError(
+                f"metric must be one of {', '.join(allowed)}; got {metric!r}.{did_you_mean(metric, allowed)}"
+            )
+        rows = self.forgetting[self.forgetting["metric"] == metric]
+        first = rows.groupby("task")["split"].transform("first")
+        return rows[rows["split"] == (first if split is None else split)].reset_index(drop=True)
+
+    def summary(self, *, metric: str = "accuracy") -> pd.DataFrame:
+        """Per model and task, at the hidden state where the task could be read best before training.
+
+        Columns: model, task, level, hidden, pre, lost, ci_low, ci_high, p_layers, moved, re_encoded, recoverable, and
+        ``worst`` and ``worst_hidden``: the largest loss of any hidden state. The hidden state is chosen by ``pre``
+        alone, so that looking for a loss does not find one.
+        """
+        rows = []
+        for (model, task), own in self.to_pandas(metric=metric).groupby(["model", "task"], sort=False):
+            wide = own.pivot_table(index="hidden", columns="term", values="value", sort=False, dropna=False)
+            best = int(wide.index.to_numpy()[np.nanargmax(wide["pre"].to_numpy())])
+            lost = own[(own["term"] == "lost") & (own["hidden"] == best)].iloc[0]
+            rows.append(
+                {
+                    "model": model, "task": task, "level": own["level"].iloc[0], "hidden": best,
+                    "pre": wide.loc[best, "pre"], "lost": lost["value"], "ci_low": lost["ci_low"],
+                    "ci_high": lost["ci_high"], "p_layers": lost["p_layers"], "moved": wide.loc[best, "moved"],
+                    "re_encoded": wide.loc[best, "re-encoded"], "recoverable": wide.loc[best, "recoverable"],
+                    "worst": wide["lost"].max(), "worst_hidden": int(wide.index.to_numpy()[np.nanargmax(wide["lost"].to_numpy())]),
+                }
+            )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def to_markdown(self, *, metric: str = "accuracy") -> str:
+        """:meth:`summary` as a table that pastes; differences are in points of accuracy, or bits."""
+        unit, factor, digits = ("points", 100.0, 1) if metric == "accuracy" else ("bits", 1.0, 3)
+        lines = [
+            f"| model | task | at | before | lost ({unit}) | moved | re-encoded | largest loss at |",
+            "|---|---|--:|--:|---|--:|--:|--:|",
+        ]
+
+        def number(value: float) -> str:
+            return "–" if pd.isna(value) else f"{factor * value:+.{digits}f}"
+
+        for row in self.summary(metric=metric).to_dict("records"):
+            mark = "*" if row["p_layers"] < 0.05 else ""
+            lines.append(
+                f"| {row['model']} | {row['task']} | {row['hidden']} | {row['pre']:.3f} | {number(row['lost'])}{mark} "
+                f"[{number(row['ci_low'])} {number(row['ci_high'])}] | {number(row['moved'])} | "
+                f"{number(row['re_encoded'])} | {row['worst_hidden']} ({number(row['worst'])}) |"
+            )
+        return "\n".join(lines)
+
+    def paragraphs(self) -> list[str]:
+        """One paragraph per model in words, from its numbers."""
+        return [_in_words(self, model) for model in self.models]
+
+    def plot(self, ax: Axes | None = None, *, model: str | None = None) -> Axes:
+        """Lost, moved and re-encoded by hidden state, mean over tasks; see :mod:`analysis.comparison_displays`."""
+        from analysis.comparison_displays import plot_forgetting
+
+        chosen = self.models[0] if model is None else model
+        if chosen not in self.models:
+            raise UsageError(f"No model {chosen!r}; there are {', '.join(self.models)}.")
+        rows = self.to_pandas()
+        return plot_forgetting(rows[rows["model"] == chosen], ax=ax)
+
+    def __repr__(self) -> str:
+        """Folder, models and tasks; the tables are in the attributes."""
+        return f"Comparison({str(self.folder)!r}, after={list(self.models)}, {len(self.tasks)} task(s))"
+
+    def _repr_html_(self) -> str:
+        return str(self.summary().round(3).to_html(index=False))
+
+
+def _in_words(comparison: Comparison, model: str) -> str:
+    facts = comparison.run["models"][model]
+    rows = comparison.to_pandas()
+    rows = rows[rows["model"] == model]
+    last = int(rows["hidden"].max())
+    shared = facts["unchanged"]
+    head = f"{model}: "
+    if shared > last:
+        return head + "no hidden state differs from those before training; every term is exactly 0."
+    head += f"hidden states {shared} to {last} changed" + (f", 0 to {shared - 1} are as before. " if shared else ". ")
+    own = comparison.summary()
+    own = own[own["model"] == model]
+    lost = own[(own["p_layers"] < 0.05) & (own["lost"] > 0)].sort_values("lost", ascending=False)
+    gained = own[(own["p_layers"] < 0.05) & (own["lost"] < 0)]
+    text = head + (
+        f"Where each task could be read best before training, {len(lost)} of {len(own)} tasks lost accuracy beyond "
+        "what sampling explains (p < .05 over layers)"
+    )
+    if len(lost):
+        text += ": " + ", ".join(f"{r['task']} {100 * r['lost']:.1f} points" for r in lost.head(3).to_dict("records"))
+    if len(gained):
+        text += f"; {len(gained)} gained"
+    text += ". "
+    deep = rows[rows["hidden"] == last].groupby("term")["value"].mean()
+    parts = [f"{100 * deep[t]:.1f} points {t}" for t in ("lost", "moved", "re-encoded") if pd.notna(deep.get(t))]
+    text += f"At the last hidden state the mean over tasks is {', '.join(parts)}."
+    if facts["missing"]:
+        text += f" Not compared: {facts['missing']}"
+    return text
+
+
+def stage_scores(
+    comparison: Comparison, *, tasks: Sequence[str] | None = None, term: str = "recoverable"
+) -> pd.DataFrame:
+    """Best score over hidden states of each task before and after each stage, for :mod:`analysis.sequence`.
+
+    Returns:
+        Columns stage, task, value; the stage before training is called ``before``.
+    """
+    rows = comparison.to_pandas()
+    names = comparison.tasks if tasks is None else tasks
+    found = []
+    for task in names:
+        own = rows[rows["task"] == task]
+        first = own[own["model"] == comparison.models[0]]
+        found.append({"stage": "before", "task": task, "value": first[first["term"] == "pre"]["value"].max()})
+        for model in comparison.models:
+            value = own[(own["model"] == model) & (own["term"] == term)]["value"].max()
+            found.append({"stage": model, "task": task, "value": value})
+    return pd.DataFrame(found)
