@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -321,18 +321,22 @@ def _forgetting(name: str, first: Side, side: Side, *, n_boot: int, quiet: bool)
         for task in tasks:
             found = read_task(first, side, task)
             if found is not None:
-                tables += [_table(name, reading, n_boot=n_boot) for reading in found]
+                tables += [table for reading in found for table in _tables(name, reading, n_boot=n_boot)]
             progress.advance(1)
     return tables
 
 
-def _table(name: str, reading: TaskReadings, *, n_boot: int) -> pd.DataFrame:
-    table = forgetting_table(
-        reading.values, reading.groups, hidden=reading.hidden, control=reading.control, random=reading.random,
-        reasons=reading.reasons, n_boot=n_boot,
-    )  # fmt: skip
-    keys = {"model": name, **reading.keys, "control": "none" if reading.control is None else "word-type"}
-    return table.assign(**keys)[[*KEYS, *COLUMNS]]
+def _tables(name: str, reading: TaskReadings, *, n_boot: int) -> Iterator[pd.DataFrame]:
+    """The task's scores less the control task's, where there is one, and the task's alone with the share forgotten."""
+    for subtracted in ("word-type", "none"):
+        control = reading.control if subtracted == "word-type" else None
+        if subtracted == "word-type" and control is None:
+            continue
+        table = forgetting_table(
+            reading.values, reading.groups, hidden=reading.hidden, control=control,
+            random=reading.random if subtracted == "none" else None, reasons=reading.reasons, n_boot=n_boot,
+        )  # fmt: skip
+        yield table.assign(**{"model": name, **reading.keys, "control": subtracted})[[*KEYS, *COLUMNS]]
 
 
 def _drift(name: str, first: Side, side: Side) -> tuple[pd.DataFrame, pd.DataFrame]:

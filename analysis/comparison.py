@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 #: Columns before those of :data:`analysis.forgetting.COLUMNS` in the table ``forgetting``.
 KEYS = ("model", "task", "level", "unit", "stack", "site", "pooling", "probe", "control", "split", "metric")
+CONTROLS = ("word-type", "none")
 TABLES = ("forgetting", "drift", "cka_map", "weights", "retention")
 
 
@@ -28,7 +29,7 @@ class Comparison:
     Attributes:
         run: content of ``run.json``: command, models, tasks, what was and was not compared, versions, seconds.
         forgetting: columns :data:`KEYS`, then :data:`analysis.forgetting.COLUMNS`. ``control`` names what was
-            subtracted (``word-type``, or ``none``).
+            subtracted: ``word-type``, the control task in the same reading, or ``none``.
         drift: ``model``, ``unit``, ``stack``, then :data:`analysis.drift.COLUMNS`; None without states.
         cka_map: like ``drift``, for every pair of hidden states.
         weights: ``model``, then :data:`analysis.weights.COLUMNS`; None where the weights were not to be had.
@@ -85,46 +86,70 @@ class Comparison:
         """Names of the tasks that were compared."""
         return tuple(dict.fromkeys(self.forgetting["task"]))
 
-    def to_pandas(self, *, metric: str = "accuracy", split: str | None = None) -> pd.DataFrame:
-        """Rows of the table ``forgetting`` for one metric, and for each task's first test split unless one is named."""
-        if metric not in set(self.forgetting["metric"]):
-            allowed = list(self.forgetting["metric"].unique())
-            raise UsageError(
-                f"metric must be one of {', '.join(allowed)}; got {metric!r}.{did_you_mean(metric, allowed)}"
-            )
+    def to_pandas(
+        self,
+        *,
+        metric: Literal["accuracy", "bits"] = "accuracy",
+        control: Literal["word-type", "none"] = "word-type",
+        split: str | None = None,
+    ) -> pd.DataFrame:
+        """Rows of the table ``forgetting`` for one metric, and for each task's first test split unless one is named.
+
+        With ``control="word-type"``, a task that has no control task gives its own scores.
+
+        Raises:
+            UsageError: an unknown metric or control.
+        """
+        for name, value, allowed in (("metric", metric, ("accuracy", "bits")), ("control", control, CONTROLS)):
+            if value not in allowed:
+                hint = did_you_mean(value, allowed)
+                raise UsageError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.{hint}")
         rows = self.forgetting[self.forgetting["metric"] == metric]
         first = rows.groupby("task")["split"].transform("first")
-        return rows[rows["split"] == (first if split is None else split)].reset_index(drop=True)
+        rows = rows[rows["split"] == (first if split is None else split)]
+        has = rows["task"].isin(rows.loc[rows["control"] == control, "task"])
+        return rows[(rows["control"] == control) | ~has].reset_index(drop=True)
 
-    def summary(self, *, metric: str = "accuracy") -> pd.DataFrame:
+    def summary(self, *, metric: Literal["accuracy", "bits"] = "accuracy") -> pd.DataFrame:
         """Per model and task, at the hidden state where the task could be read best before training.
 
-        Columns: model, task, level, hidden, pre, lost, ci_low, ci_high, p_layers, moved, re_encoded, recoverable, and
-        ``worst`` and ``worst_hidden``: the largest loss of any hidden state. The hidden state is chosen by ``pre``
-        alone, so that looking for a loss does not find one.
+        The hidden state is chosen by the task's own score before training alone, so that looking for a loss does not
+        find one.
+
+        Columns: model, task, level, hidden; ``pre`` and ``recoverable``, the task's own score before and after;
+        ``lost_alone``, their difference; then, less the control task where there is one, ``lost``, ``ci_low``,
+        ``ci_high``, ``p_layers``, ``moved``, ``re_encoded``; ``worst`` and ``worst_hidden``, the largest loss of any
+        hidden state.
         """
+        alone = self.to_pandas(metric=metric, control="none")
         rows = []
         for (model, task), own in self.to_pandas(metric=metric).groupby(["model", "task"], sort=False):
-            wide = own.pivot_table(index="hidden", columns="term", values="value", sort=False, dropna=False)
-            best = int(wide.index.to_numpy()[np.nanargmax(wide["pre"].to_numpy())])
+            its = alone[(alone["model"] == model) & (alone["task"] == task)]
+            plain, wide = (
+                t.pivot_table(index="hidden", columns="term", values="value", sort=False, dropna=False)
+                for t in (its, own)
+            )
+            hidden = wide.index.to_numpy()
+            best = int(hidden[np.nanargmax(plain["pre"].to_numpy())])
+            worst = int(hidden[np.nanargmax(wide["lost"].to_numpy())])
             lost = own[(own["term"] == "lost") & (own["hidden"] == best)].iloc[0]
             rows.append(
                 {
                     "model": model, "task": task, "level": own["level"].iloc[0], "hidden": best,
-                    "pre": wide.loc[best, "pre"], "lost": lost["value"], "ci_low": lost["ci_low"],
+                    "pre": plain.loc[best, "pre"], "recoverable": plain.loc[best, "recoverable"],
+                    "lost_alone": plain.loc[best, "lost"], "lost": lost["value"], "ci_low": lost["ci_low"],
                     "ci_high": lost["ci_high"], "p_layers": lost["p_layers"], "moved": wide.loc[best, "moved"],
-                    "re_encoded": wide.loc[best, "re-encoded"], "recoverable": wide.loc[best, "recoverable"],
-                    "worst": wide["lost"].max(), "worst_hidden": int(wide.index.to_numpy()[np.nanargmax(wide["lost"].to_numpy())]),
+                    "re_encoded": wide.loc[best, "re-encoded"], "worst": wide.loc[worst, "lost"], "worst_hidden": worst,
                 }
             )  # fmt: skip
         return pd.DataFrame(rows)
 
-    def to_markdown(self, *, metric: str = "accuracy") -> str:
+    def to_markdown(self, *, metric: Literal["accuracy", "bits"] = "accuracy") -> str:
         """:meth:`summary` as a table that pastes; differences are in points of accuracy, or bits."""
         unit, factor, digits = ("points", 100.0, 1) if metric == "accuracy" else ("bits", 1.0, 3)
         lines = [
-            f"| model | task | at | before | lost ({unit}) | moved | re-encoded | largest loss at |",
-            "|---|---|--:|--:|---|--:|--:|--:|",
+            f"| model | task | at | before | after | lost ({unit}) | moved | re-encoded | largest loss |",
+            "|---|---|--:|--:|--:|---|--:|--:|--:|",
         ]
 
         def number(value: float) -> str:
@@ -133,9 +158,10 @@ class Comparison:
         for row in self.summary(metric=metric).to_dict("records"):
             mark = "*" if row["p_layers"] < 0.05 else ""
             lines.append(
-                f"| {row['model']} | {row['task']} | {row['hidden']} | {row['pre']:.3f} | {number(row['lost'])}{mark} "
-                f"[{number(row['ci_low'])} {number(row['ci_high'])}] | {number(row['moved'])} | "
-                f"{number(row['re_encoded'])} | {row['worst_hidden']} ({number(row['worst'])}) |"
+                f"| {row['model']} | {row['task']} | {row['hidden']} | {row['pre']:.3f} | {row['recoverable']:.3f} | "
+                f"{number(row['lost'])}{mark} [{number(row['ci_low'])} {number(row['ci_high'])}] | "
+                f"{number(row['moved'])} | {number(row['re_encoded'])} | "
+                f"{number(row['worst'])} at {row['worst_hidden']} |"
             )
         return "\n".join(lines)
 
@@ -200,7 +226,7 @@ def stage_scores(
     Returns:
         Columns stage, task, value; the stage before training is called ``before``.
     """
-    rows = comparison.to_pandas()
+    rows = comparison.to_pandas(control="none")
     names = comparison.tasks if tasks is None else tasks
     found = []
     for task in names:

@@ -72,7 +72,7 @@ def loss_map(rows: pd.DataFrame) -> Figure:
     models, lost = list(dict.fromkeys(rows["model"])), rows[rows["term"] == "lost"]
     tasks = list(dict.fromkeys(rows["task"]))
     limit = max(5.0, float(100 * lost["value"].abs().max()))
-    figure = plotting.new_figure(width=2.6 + 3.4 * len(models), height=1.5 + 0.27 * len(tasks))
+    figure = plotting.new_figure(width=2.6 + 3.4 * len(models), height=max(3.2, 1.5 + 0.27 * len(tasks)))
     axes = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     image = None
     for ax, model in zip(axes, models, strict=True):
@@ -94,5 +94,5 @@ def loss_map(rows: pd.DataFrame) -> Figure:
             side.set_visible(False)
     assert image is not None
     bar = figure.colorbar(image, ax=list(axes), shrink=0.9)
-    bar.set_label("lost, points above control (dot: p < .05)")
+    bar.set_label("lost, points (dot: p < .05)")
     return figure

@@ -89,7 +89,8 @@ def _summary_rows(comparison: Comparison) -> list[dict[str, str]]:
     return [
         {
             "model": r["model"], "task": r["task"], "level": r["level"], "at": str(r["hidden"]),
-            "before": _number(r["pre"], sign=False), "lost": _number(r["lost"]),
+            "before": _number(r["pre"], sign=False),
+            "after": _number(r["recoverable"], sign=False), "lost": _number(r["lost"]),
             "95 %": f"{_number(r['ci_low'])} to {_number(r['ci_high'])}", "p": f"{r['p_layers']:.3f}",
             "moved": _number(r["moved"]), "re-encoded": _number(r["re_encoded"]),
             "largest loss": f"{_number(r['worst'])} at {r['worst_hidden']}",

@@ -19,6 +19,11 @@ Examples:
 - `spafit compare default stage1 stage2 --tasks conllu:UD_English-EWT#upos,deprel --seeds 1`
 """
 
+_LEGEND = (
+    "before, after: accuracy of the probe fitted before training and of one fitted after it, at the hidden\n"
+    "state where the task could be read best before. lost, moved, re-encoded: differences of accuracy less the\n"
+    "control task's, in points; + is a loss. *: p < .05 over hidden states.\n"
+)
 _DATA, _RUN, _OUT = "Tasks", "Running", "Output"
 
 
@@ -99,10 +104,7 @@ def compare(
         typer.echo(json.dumps(io.plain(content), indent=1))
         return
     typer.echo(f"\n{found.to_markdown()}\n")
-    typer.echo(
-        "*: p < .05 over hidden states. Points of accuracy above the control task, at the hidden state where the"
-    )
-    typer.echo("task could be read best before training; + is a loss.\n")
+    typer.echo(_LEGEND)
     for paragraph in found.paragraphs():
         typer.echo(f"{paragraph}\n")
     typer.echo("Written:\n" + "\n".join(f"  {p}" for p in (*paths[:2], out / "forgetting.csv", out / "run.json")))
