@@ -112,10 +112,12 @@ def forgetting_table(
     untested = np.full(n_hidden, math.nan), np.full(n_hidden, math.nan)
     for name, i in at.items():
         add(name, points[i], replicates[i], missing[i], untested)
-    for name, (first, second) in DIFFERENCES.items():
+    over_seeds = filled.mean(axis=1)  # (4, hidden, items)
+    curves = np.concatenate([over_seeds[at[a]] - over_seeds[at[b]] for a, b in DIFFERENCES.values()])
+    tests = paired_cluster_test(curves, codes, seed=seed).reshape(len(DIFFERENCES), n_hidden)
+    for p, (name, (first, second)) in zip(tests, DIFFERENCES.items(), strict=True):
         a, b = at[first], at[second]
         gone, value, drawn = missing[a] | missing[b], points[a] - points[b], replicates[a] - replicates[b]
-        p = paired_cluster_test((filled[a] - filled[b]).mean(axis=0), codes, seed=seed)
         p_layers = np.full(n_hidden, math.nan)
         if not gone.all():
             p_layers[~gone] = max_t(value[~gone], drawn[:, ~gone], level=level)[0]

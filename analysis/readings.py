@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -120,90 +119,102 @@ def read_task(first: Side, side: Side, name: str) -> list[TaskReadings] | None:
             "site": "block", "pooling": str(pooling), "probe": str(probe),
         }  # fmt: skip
         hidden = tuple(sorted(int(h) for h in own["hidden"].unique()))
-        for metric in METRICS:
-            found += _readings(first, side, own, theirs, hidden, keys, metric)
+        found += _readings(first, side, own, theirs, hidden, keys)
     return found
+
+
+#: Control ("none" for the task itself) -> scores of shape (metrics, 4, seeds, hidden, items).
+Readings = dict[str, np.ndarray]
 
 
 def _readings(
-    first: Side,
-    side: Side,
-    old: pd.DataFrame,
-    new: pd.DataFrame,
-    hidden: tuple[int, ...],
-    keys: dict[str, str],
-    metric: Metric,
+    first: Side, side: Side, old: pd.DataFrame, new: pd.DataFrame, hidden: tuple[int, ...], keys: dict[str, str]
 ) -> list[TaskReadings]:
-    items = _items_of(old)
-    values: dict[str, np.ndarray] = {}
-    seeds = max(old[old["control"] == c]["seed"].nunique() for c in old["control"].unique())
-    for control in ("none", "word-type"):
-        if control not in set(old["control"].astype(str)):
-            continue
-        pre = _broadcast(_array(old, control, metric, hidden, items), seeds)
-        four = np.stack([pre, pre, pre, pre])  # unchanged hidden states: every reading is the same number
-        changed = [k for k, h in enumerate(hidden) if h >= side.unchanged]
-        if changed:
-            theirs = _array(new, control, metric, tuple(hidden[k] for k in changed), items)
-            four[1:3][:, :, changed] = np.nan
-            four[3][:, changed] = _broadcast(theirs, seeds)
+    controls = list(old["control"].cat.categories if hasattr(old["control"], "cat") else old["control"].unique())
+    before = _Arrays(old, hidden)
+    changed = [k for k, h in enumerate(hidden) if h >= side.unchanged]
+    after = _Arrays(new, tuple(hidden[k] for k in changed)) if changed else None
+    if after is not None and not np.array_equal(after.items, before.items):
+        raise DataError(
+            f"{keys['task']}: the runs do not hold the same test items in the same order. Probe both with the same "
+            "options."
+        )
+    seeds = max(len(before.of(str(c))[0]) for c in controls)
+    values: Readings = {}
+    for control in (c for c in ("none", "word-type") if c in controls):
+        pre = _broadcast(before.of(control), seeds)
+        four = np.stack([pre] * 4, axis=1)  # unchanged hidden states: every reading is the same number
+        if after is not None:
+            four[:, 1:3, :, changed] = np.nan
+            four[:, 3][:, :, changed] = _broadcast(after.of(control), seeds)
         values[control] = four
     reasons = [""] * len(hidden)
-    _fill_transferred(first, side, values, hidden, keys, metric, items, reasons)
-    random = None
-    if "random-encoder" in set(old["control"].astype(str)):
-        random = _broadcast(_array(old, "random-encoder", metric, hidden, items), seeds)
-    table = old.drop_duplicates("item").set_index("item").loc[items]
+    _fill_transferred(first, side, values, hidden, keys, before.items, reasons)
+    random = _broadcast(before.of("random-encoder"), seeds) if "random-encoder" in controls else None
+    table = old.iloc[: len(before.items)]
+    splits, groups = table["split"].astype(str).to_numpy(), table["group"].astype(str).to_numpy()
     found = []
-    for split in dict.fromkeys(table["split"].astype(str)):
-        at = np.flatnonzero((table["split"] == split).to_numpy())
-        # where word types never recur, the control task is at chance by construction
-        minus = None if split == "unseen" or "word-type" not in values else values["word-type"][..., at]
-        found.append(
-            TaskReadings(
-                values["none"][..., at], minus, None if random is None else random[..., at],
-                table["group"].to_numpy()[at], hidden, tuple(reasons), {**keys, "split": split, "metric": metric},
-            )
-        )  # fmt: skip
+    for m, metric in enumerate(METRICS):
+        for split in dict.fromkeys(splits):
+            at = splits == split
+            # where word types never recur, the control task is at chance by construction
+            minus = None if split == "unseen" or "word-type" not in values else values["word-type"][m][..., at]
+            found.append(
+                TaskReadings(
+                    values["none"][m][..., at], minus, None if random is None else random[m][..., at], groups[at],
+                    hidden, tuple(reasons), {**keys, "split": str(split), "metric": metric},
+                )
+            )  # fmt: skip
     return found
 
 
-def _items_of(table: pd.DataFrame) -> np.ndarray:
-    """Items in the order of the table, once each."""
-    return table["item"].drop_duplicates().to_numpy()
+class _Arrays:
+    """Scores of one item table as arrays."""
+
+    def __init__(self, table: pd.DataFrame, hidden: tuple[int, ...]):
+        self.hidden = hidden
+        own = table[table["hidden"].isin(hidden)]
+        self.control = own["control"].astype(str).to_numpy()
+        self.seed = own["seed"].to_numpy()
+        one = (self.control == "none") & (self.seed == self.seed[0]) & (own["hidden"] == hidden[0]).to_numpy()
+        self.items = own["item"].astype(str).to_numpy()[one]
+        self.right = _codes(own["prediction"], own["label"])
+        self.bits = own["bits"].to_numpy(dtype=np.float64)
+
+    def of(self, control: str) -> np.ndarray:
+        """Right or not, and bits, of one control; shape (2, seeds, hidden, items).
+
+        Raises:
+            DataError: the table does not hold every item for every seed and hidden state.
+        """
+        chosen = self.control == control
+        seeds, shape = len(np.unique(self.seed[chosen])), (len(self.hidden), len(self.items))
+        if chosen.sum() != seeds * shape[0] * shape[1] or not seeds:
+            raise DataError(
+                f"A run's items hold {int(chosen.sum())} rows of {control} where {seeds} seeds × {shape[0]} hidden "
+                f"states × {shape[1]} items are needed. Probe both models with the same options."
+            )
+        return np.stack([v[chosen].reshape(seeds, *shape) for v in (self.right, self.bits)])
 
 
-def _array(table: pd.DataFrame, control: str, metric: Metric, hidden: Sequence[int], items: np.ndarray) -> np.ndarray:
-    """Scores of one control, shape (seeds, hidden, items)."""
-    own = table[(table["control"] == control) & table["hidden"].isin(hidden)]
-    seeds = own["seed"].unique()
-    if len(own) != len(seeds) * len(hidden) * len(items):
-        raise DataError(
-            f"The runs do not hold the same test items, seeds and hidden states ({len(own)} rows of {control}, "
-            f"{len(seeds)} seeds × {len(hidden)} hidden states × {len(items)} items wanted). Probe both with the same "
-            "options."
-        )
-    if not np.array_equal(own["item"].to_numpy()[: len(items)], items):
-        raise DataError("The runs hold their test items in different orders. Probe both with the same options.")
-    if metric == "accuracy":
-        values = (own["prediction"].astype(str) == own["label"].astype(str)).to_numpy(dtype=np.float64)
-    else:
-        values = own["bits"].to_numpy(dtype=np.float64)
-    return values.reshape(len(seeds), len(hidden), len(items))
+def _codes(predictions: pd.Series, labels: pd.Series) -> np.ndarray:
+    """Whether predictions are right, float64; labels are compared as text where the two do not share their classes."""
+    if predictions.dtype == labels.dtype and hasattr(predictions, "cat"):
+        return (predictions.cat.codes.to_numpy() == labels.cat.codes.to_numpy()).astype(np.float64)
+    return (predictions.astype(str).to_numpy() == labels.astype(str).to_numpy()).astype(np.float64)
 
 
 def _broadcast(values: np.ndarray, seeds: int) -> np.ndarray:
-    """A fit that every seed would repeat stands beside each seed's control."""
-    return np.repeat(values, seeds, axis=0).copy() if len(values) == 1 and seeds > 1 else values.copy()
+    """A fit that every seed would repeat stands beside each seed's control; shape (metrics, seeds, hidden, items)."""
+    return np.repeat(values, seeds, axis=1) if values.shape[1] == 1 and seeds > 1 else values
 
 
 def _fill_transferred(
     first: Side,
     side: Side,
-    values: dict[str, np.ndarray],
+    values: Readings,
     hidden: tuple[int, ...],
     keys: dict[str, str],
-    metric: Metric,
     items: np.ndarray,
     reasons: list[str],
 ) -> None:
@@ -232,29 +243,25 @@ def _fill_transferred(
     read = theirs.words if task.unit == "word" else theirs.sentences
     for k, h in changed:
         states = read(pooling, hidden=h, rows=new_rows[test])
-        _fill(values, 1, k, probes, h, states, test, metric)
+        _fill(values, 1, k, probes, h, states, test)
         alignment = _alignment(first, side, task, pooling, h)
         if isinstance(alignment, str):
             reasons[k] = alignment
         else:
-            _fill(values, 2, k, probes, h, alignment.apply(states), test, metric)
+            _fill(values, 2, k, probes, h, alignment.apply(states), test)
 
 
 def _fill(
-    values: dict[str, np.ndarray],
-    reading: int,
-    k: int,
-    probes: Any,
-    hidden: int,
-    states: np.ndarray,
-    test: np.ndarray,
-    metric: Metric,
+    values: Readings, reading: int, k: int, probes: Any, hidden: int, states: np.ndarray, test: np.ndarray
 ) -> None:
+    """Score states with the stored probes of one hidden state; a fit that seeds share is scored once."""
     for control, four in values.items():
         seeds = sorted(s for c, s, h in probes if c == control and h == hidden)
-        for i in range(four.shape[1]):
-            probe: StoredProbe = probes[control, seeds[i if len(seeds) > 1 else 0], hidden]
-            four[reading, i, k] = probe.scores(states, test)[0 if metric == "accuracy" else 1]
+        for i, seed in enumerate(seeds):
+            probe: StoredProbe = probes[control, seed, hidden]
+            here = slice(None) if len(seeds) == 1 else i
+            for m, scores in enumerate(probe.scores(states, test)):
+                four[m, reading, here, k] = scores
 
 
 def _alignment(first: Side, side: Side, task: Task, pooling: str, hidden: int) -> Alignment | str:

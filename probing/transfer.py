@@ -68,23 +68,27 @@ def stored_probes(
     if not path.is_file():
         raise DataError(f"{folder} holds no probes of {task.name} ({path.name}). Probe it again, with its own --out.")
     arrays, start = load_file(path), f"{site}/{pooling}/"
-    labels = task.items["label"].to_numpy().astype(np.int64)
-    found: dict[tuple[str, int, int], StoredProbe] = {}
-    for key in (k for k in arrays if k.startswith(start) and k.endswith("/weight")):
-        control, seed, hidden, _ = key.removeprefix(start).split("/")
-        parts = {p: arrays[f"{start}{control}/{seed}/{hidden}/{p}"] for p in ("weight", "bias", "mean", "scale")}
-        answers = labels if control == "none" else control_labels(task, int(seed))
+    keys = [k.removeprefix(start).split("/") for k in arrays if k.startswith(start) and k.endswith("/weight")]
+    labels, draws = task.items["label"].to_numpy().astype(np.int64), training_rows(task, settings)
+    rights: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, np.ndarray, int]] = {}
+    for control, seed in sorted({(c, int(s)) for c, s, _, _ in keys}):
+        answers = labels if control == "none" else control_labels(task, seed)
         assert answers is not None
-        drawn = training_rows(task, settings)[int(seed)]
-        drawn = drawn[usable[drawn]]
+        drawn = draws[seed][usable[draws[seed]]]
         present = np.bincount(answers[drawn], minlength=len(task.labels)) > 0
-        one = np.ones((1, 1, 1))
+        rights[control, seed] = answers, label_log2_frequency(task, answers), present, len(drawn)
+    found: dict[tuple[str, int, int], StoredProbe] = {}
+    one = np.ones((1, 1, 1))
+    for control, number, hidden, _ in keys:
+        seed = int(number)
+        parts = {p: arrays[f"{start}{control}/{seed}/{hidden}/{p}"] for p in ("weight", "bias", "mean", "scale")}
+        answers, frequency, present, n_items = rights[control, seed]
         fit = LinearProbeFit(
             weights=parts["weight"][None, None, None], bias=parts["bias"][None, None, None], mean=parts["mean"][None],
             scale=parts["scale"][None], l2=np.full(1, np.nan), converged=one > 0, gap=one * 0, iterations=one * 0,
-            present=present[None], n_items=len(drawn),
+            present=present[None], n_items=n_items,
         )  # fmt: skip
-        found[control, int(seed), int(hidden)] = StoredProbe(fit, answers, label_log2_frequency(task, answers))
+        found[control, seed, int(hidden)] = StoredProbe(fit, answers, frequency)
     if not found:
         raise DataError(f"{path} holds no probes at site {site!r}, pooling {pooling!r}.")
     return found

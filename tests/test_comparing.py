@@ -103,7 +103,7 @@ def test_readings_are_the_scores_of_the_probing_runs(found: Comparison) -> None:
 
 
 def test_stored_probes_score_their_own_states_as_the_run_did(models: dict[str, Any], found: Comparison) -> None:
-    from analysis.readings import Side, _array, _items_of
+    from analysis.readings import Side, _Arrays
     from probing.config import ProbeConfig
     from probing.planning import plan_probing
     from probing.running import rows_of_items
@@ -119,14 +119,13 @@ def test_stored_probes_score_their_own_states_as_the_run_did(models: dict[str, A
     probes = stored_probes(plan.out, task, plan.settings, usable=usable, site="block", pooling="mean")
     items = pd.read_parquet(plan.out / "items" / f"{task.name}.parquet")
     test = np.flatnonzero(~task.items["split"].isin(["train", "dev"]).to_numpy())
+    arrays = _Arrays(items, (0, 1, 2, 3))
     for control in {c for c, _, _ in probes}:
-        for column, metric in ((0, "accuracy"), (1, "bits")):
-            expected = _array(items, control, metric, (0, 1, 2, 3), _items_of(items))  # type: ignore[arg-type]
-            seeds = sorted({s for c, s, _ in probes if c == control})
-            for i, seed in enumerate(seeds):
-                states = store.sentences("mean", hidden=3, rows=rows[test])
-                got = probes[control, seed, 3].scores(states, test)[column]
-                assert np.allclose(got, expected[i, 3], atol=1e-5)
+        expected = arrays.of(control)
+        for i, seed in enumerate(sorted({s for c, s, _ in probes if c == control})):
+            states = store.sentences("mean", hidden=3, rows=rows[test])
+            for m, got in enumerate(probes[control, seed, 3].scores(states, test)):
+                assert np.allclose(got, expected[m, i, 3], atol=1e-5)
 
 
 def test_the_same_call_goes_on_from_what_is_there(

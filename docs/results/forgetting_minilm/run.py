@@ -45,13 +45,8 @@ def run(runs: Path, glue: Path, treebank: Path, work: Path) -> None:
         for task in TASKS:
             for method in METHODS:
                 model = runs / task / method / f"{rates[task, method]:g}" / f"seed-{seed}" / "model"
-                _compare(
-                    before,
-                    [model],
-                    work,
-                    f"{task}-{method}-{seed}",
-                    {"trained_on": task, "method": method, "training_seed": seed},
-                )
+                facts: dict[str, object] = {"trained_on": task, "method": method, "training_seed": seed}
+                _compare(before, [model], work, f"{task}-{method}-{seed}", facts)
         _sequence(runs, glue, work, before, seed, rates["cola", "full"])
     write_page()
 

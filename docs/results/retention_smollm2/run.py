@@ -30,7 +30,14 @@ def run(gguf: Path, glue: Path, wikitext: Path, blimp: Path, work: Path) -> None
     original = load_language_model(gguf)
     base = work / "base"
     if not (base / "tokenizer_config.json").exists():  # an adapter's base is a folder of tensors
-        original.model.save_pretrained(str(base))
+        import torch
+        import transformers
+
+        config = original.model.config.to_dict()
+        config.pop("quantization_config", None)  # the weights have been de-quantised
+        plain = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
+        plain.load_state_dict({n: t.to(torch.float32) for n, t in original.model.state_dict().items()})
+        plain.save_pretrained(str(base))
         original.tokenizer.save_pretrained(str(base))
     data = glue_data("sst2", glue, files={"train": "train.tsv", "validation": "dev.tsv"}).limited(ITEMS, seed=0)
     data = data.limited(200, seed=0, split="validation")
