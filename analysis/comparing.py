@@ -45,6 +45,10 @@ def compare(
     stack: str | None = None,
     n_boot: int = 1000,
     drift: bool = True,
+    text: str | Path | None = None,
+    blimp: str | Path | None = None,
+    blimp_pairs: int | None = 100,
+    refit_on: str | Path | None = None,
     device: str = "auto",
     dtype: str = "float32",
     cache_dir: str | Path | None = None,
@@ -79,6 +83,11 @@ def compare(
         stack: which stack.
         n_boot: bootstrap replicates.
         drift: also measure the drift of states and weights.
+        text: file of running text, for perplexity and KL (:func:`analysis.retention.retention_table`); the model
+            before training must have a language-model head, which is grafted on every tuned body.
+        blimp: folder of BLiMP's files.
+        blimp_pairs: pairs of each paradigm; None takes all.
+        refit_on: file of other running text, on which the head is re-fitted, too.
         device: torch device.
         dtype: precision of the forward passes.
         cache_dir: where states are cached.
@@ -97,6 +106,7 @@ def compare(
     if not references:
         raise UsageError("Give at least one model after training.")
     names = _labels(references, labels)
+    measure = _retention_reader(before, text, blimp, blimp_pairs, refit_on, offline=offline, allow_pickle=allow_pickle)
     config = ProbeConfig(
         model=None, tasks=tuple(t if isinstance(t, str) else t.name for t in tasks), stack=stack,
         pooling=tuple(pooling), controls=tuple(controls), max_train=max_train, seeds=seed_numbers(seeds),
@@ -124,6 +134,12 @@ def compare(
                 drifts.append(table)
                 maps.append(heat)
                 weights.append(_weights(name, first, side))
+    retained = []
+    for name, side in sides.items():
+        plan = side.plan or first.plan  # a side without a plan is the model before training
+        if measure is not None and plan is not None:
+            with timed(seconds, "retention"):
+                retained.append(measure(name, plan.loaded.model, quiet))
     if not forgetting:
         raise DataError("The runs share no task with the same items, so nothing can be compared. Probe the same tasks.")
     seconds["total"] = round(time.time() - started, 1)
@@ -140,7 +156,8 @@ def compare(
     }
     found = Comparison(
         run=run, forgetting=pd.concat(forgetting, ignore_index=True)[[*KEYS, *COLUMNS]],
-        drift=_together(drifts), cka_map=_together(maps), weights=_together(weights), retention=None, folder=folder,
+        drift=_together(drifts), cka_map=_together(maps), weights=_together(weights), retention=_together(retained),
+        folder=folder,
     )  # fmt: skip
     found.save(folder)
     return found
@@ -390,6 +407,51 @@ def _weights(name: str, first: Side, side: Side) -> pd.DataFrame:
     assert side.plan is not None
     table = weight_drift(first.plan.loaded.model.state_dict(), side.plan.loaded.model.state_dict())
     return table.assign(model=name)[["model", *table.columns]]
+
+
+def _retention_reader(
+    before: Any,
+    text: str | Path | None,
+    blimp: str | Path | None,
+    pairs: int | None,
+    refit_on: str | Path | None,
+    *,
+    offline: bool,
+    allow_pickle: bool,
+) -> Callable[[str, Any, bool], pd.DataFrame] | None:
+    """What measures retention, with its files read and the language-model head loaded; None if nothing is asked for.
+
+    Raises:
+        UsageError: no reference that a head could be loaded from.
+        DataError: a file cannot be read.
+        ModelError: the model before training has no language-model head.
+    """
+    if text is None and blimp is None:
+        if refit_on is not None:
+            raise UsageError("refit_on re-fits a head for measuring; give text or blimp, too.")
+        return None
+    from analysis.retention import retention_table
+    from spafit.data.blimp import read_blimp
+    from spafit.data.text import read_text
+    from spafit.language_models import graft, load_language_model
+
+    run = _run_folder(before)
+    reference = ProbeResults.load(run).run["config"]["model"] if run is not None else _said(before)
+    if reference is None:
+        raise UsageError(
+            "Retention needs the model before training by its name or folder, so that its language-model head can be "
+            "loaded; the built-in default has none."
+        )
+    running, other = (None if t is None else read_text(t) for t in (text, refit_on))
+    table = None if blimp is None else read_blimp(blimp, pairs=pairs)
+    original = load_language_model(reference, offline=offline, allow_pickle=allow_pickle)
+
+    def measure(name: str, body: Any, quiet: bool) -> pd.DataFrame:
+        after = graft(original, body, name=name)
+        found = retention_table(original, after, text=running, pairs=table, refit_on=other, quiet=quiet)
+        return found.assign(model=name)[["model", *found.columns]]
+
+    return measure
 
 
 def _facts(first: Side, side: Side) -> dict[str, Any]:

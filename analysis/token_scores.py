@@ -44,9 +44,14 @@ class ScoredTokens:
 def windows(language: LanguageModel, text: str, *, length: int) -> list[list[int]]:
     """Token ids of consecutive, non-overlapping windows of running text; a rest of fewer than two tokens is dropped.
 
+    The model's own window shortens them where it is smaller.
+
     Raises:
         DataError: the text has fewer than two tokens.
     """
+    from spafit.models import model_window
+
+    length = min(length, model_window(language.body, language.tokenizer) or length)
     ids = language.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     start, stop = _special(language)
     room = length - len(start) - len(stop)

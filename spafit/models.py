@@ -150,7 +150,7 @@ def load_model(
         adapter_digest=adapter_digest,
         tokenizer_digest=tokenizer_digest(tokenizer),
         stacks=stacks,
-        max_length=_max_length(model, tokenizer),
+        max_length=model_window(model, tokenizer),
         notes=tuple(notes),
     )
 
@@ -216,7 +216,7 @@ def _from_memory(model: nn.Module, tokenizer: Any | None, *, stack: str | None) 
         adapter_digest=None,
         tokenizer_digest=tokenizer_digest(tokenizer),
         stacks=stacks,
-        max_length=_max_length(view, tokenizer),
+        max_length=model_window(view, tokenizer),
         notes=(),
     )
 
@@ -267,7 +267,8 @@ def _reads_text(model: Any, stacks: Iterable[Stack]) -> bool:
     return getattr(model, "main_input_name", "") == "input_ids" or any(s.name == "text" for s in stacks)
 
 
-def _max_length(model: nn.Module, tokenizer: Any | None) -> int | None:
+def model_window(model: nn.Module, tokenizer: Any | None) -> int | None:
+    """Tokens that a model takes at once, special ones included; None where nothing limits it."""
     from torch import nn
 
     limits = []

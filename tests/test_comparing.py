@@ -20,7 +20,7 @@ from analysis.comparison_report import write_comparison_report
 from analysis.forgetting import DIFFERENCES
 from analysis.sequence import forgetting_matrix, sequence_summaries
 from probing.running import probe_layers
-from spafit.errors import UsageError
+from spafit.errors import DataError, ModelError, UsageError
 from tests.tiny import save_tiny, tiny, tiny_tokenizer
 
 WORDS = ["the", "cat", "dog", "sees", "a", "big", "and", "runs", "old", "dogs", "running", "walked"]
@@ -229,6 +229,31 @@ def test_the_command_prints_the_table_and_writes_the_page(tmp_path: Path) -> Non
     again = CliRunner().invoke(app, [*(str(a) for a in arguments), "--json"])
     content = json.loads(again.stdout)
     assert content["summary"][0]["model"] == "tuned"
+
+
+def test_retention_is_measured_with_the_original_head(tmp_path: Path) -> None:
+    save_tiny("bert", tmp_path / "base", auto="AutoModelForMaskedLM")
+    model = save_tiny("bert", tmp_path / "tuned", auto="AutoModelForMaskedLM")
+    with torch.no_grad():
+        model.bert.encoder.layer[2].output.dense.weight.add_(0.5)
+    model.save_pretrained(tmp_path / "tuned")
+    (tmp_path / "text.txt").write_text(" ".join(WORDS * 6))
+    options: dict[str, Any] = {
+        "tasks": [table_of(tmp_path)], "seeds": 1, "n_boot": 100, "controls": (), "out": tmp_path / "out",
+        "cache_dir": tmp_path / "cache", "quiet": True, "drift": False,
+    }  # fmt: skip
+    found = compare(str(tmp_path / "base"), [str(tmp_path / "tuned")], text=tmp_path / "text.txt", **options)
+    assert found.retention is not None
+    kl = found.retention[found.retention["measure"] == "kl_bits"]["value"].iloc[0]
+    assert kl > 0
+    assert "Retention" in write_comparison_report(found)[0].read_text()
+    save_tiny("bert", tmp_path / "headless")
+    with pytest.raises(ModelError, match="without a language-model head"):
+        compare(str(tmp_path / "headless"), [str(tmp_path / "tuned")], text=tmp_path / "text.txt", **options)
+    with pytest.raises(UsageError, match="the built-in default has none"):
+        compare(None, [str(tmp_path / "tuned")], text=tmp_path / "text.txt", **options)
+    with pytest.raises(DataError, match="cannot be read"):
+        compare(str(tmp_path / "base"), [str(tmp_path / "tuned")], text=tmp_path / "none.txt", **options)
 
 
 # ---------------------------------------------------------------- sequences

@@ -58,6 +58,17 @@ def compare(
     ] = "mean",
     stack: Annotated[str | None, _option(_RUN, "--stack", help="Which block stack.")] = None,
     drift: Annotated[bool, _option(_RUN, "--drift/--no-drift", help="Measure drift of states and weights.")] = True,
+    text: Annotated[
+        Path | None,
+        _option(_DATA, "--text", help="Running text: perplexity and KL, with the original head on the tuned body."),
+    ] = None,
+    blimp: Annotated[Path | None, _option(_DATA, "--blimp", help="Folder of BLiMP: minimal pairs by field.")] = None,
+    blimp_pairs: Annotated[
+        int, _option(_DATA, "--blimp-pairs", min=0, help="Pairs of each paradigm; 0 takes all.")
+    ] = 100,
+    refit_on: Annotated[
+        Path | None, _option(_DATA, "--refit-on", help="Other running text, to re-fit the language-model head on.")
+    ] = None,
     n_boot: Annotated[int, _option(_RUN, "--n-boot", help="Bootstrap replicates behind the intervals.")] = 1000,
     device: Annotated[
         str, _option(_RUN, "--device", help="Torch device; default: the first of cuda, mps, cpu.")
@@ -87,7 +98,8 @@ def compare(
             None if before == "default" else before, [None if a == "default" else a for a in after], tasks=names,
             labels=None if labels is None else [n.strip() for n in labels.split(",")], controls=chosen, seeds=seeds,
             max_train=max_train, limit=limit, pooling=[p.strip() for p in pooling.split(",")], stack=stack,
-            n_boot=n_boot, drift=drift, device=device, dtype=dtype, cache_dir=cache_dir, offline=offline,
+            n_boot=n_boot, drift=drift, text=text, blimp=blimp, blimp_pairs=blimp_pairs or None,
+            refit_on=refit_on, device=device, dtype=dtype, cache_dir=cache_dir, offline=offline,
             allow_pickle=allow_pickle, out=out, quiet=quiet,
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         )  # fmt: skip
