@@ -122,7 +122,7 @@ def _retention_rows(comparison: Comparison) -> list[dict[str, str]]:
         return []
     table = comparison.retention
     if "paradigm" in table:
-        table = table[table["paradigm"].fillna("").astype(str) == ""]
+        table = table[table["paradigm"] == "all"]
     rows = table.to_dict("records")
     return [{str(k): _plain(v) for k, v in r.items()} for r in rows]
 

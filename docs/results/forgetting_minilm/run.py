@@ -7,6 +7,8 @@ model that they started from; the learning rates are those chosen there. ``WORK`
 that the same command goes on where it was interrupted. Without arguments only the page is made again.
 """
 
+# ruff: noqa: E501 - sentences of a page
+
 from __future__ import annotations
 
 import sys

@@ -5,6 +5,8 @@
 Finished trainings and measured models in ``WORK`` are kept. Without arguments only the page is made again.
 """
 
+# ruff: noqa: E501 - sentences of a page
+
 from __future__ import annotations
 
 import sys
