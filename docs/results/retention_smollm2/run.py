@@ -113,7 +113,7 @@ def write_page() -> None:
         "## What this shows, and what it does not",
         "",
         f"- With the original head, the change of BLiMP as a whole is within noise for: {', '.join(noise) or 'no plan'}.",
-        "- One seed, one task, few items: the two plans are two trained models, not two methods.",
+        "- One seed, one task, few items: each plan is one trained model, not a method.",
         "- SmolLM2's blocks have no biases; norms stand in BitFit's place in `spafit-scaled-I`.",
         "- The re-fitted map is least squares on few tokens, and itself costs some bits: it is what can be recovered this way, "
         "not all that can.",
