@@ -145,9 +145,10 @@ def exchanged(
         outside: also everything outside the blocks that both models have (embeddings, final norm, head).
     """
     stack = _shared_stack(target, source)
-    names = [n for n, _ in target.named_parameters() if _belongs(n, stack, set(blocks), part)]
+    every = [n for n, _ in target.named_parameters(remove_duplicate=False)]  # a tied head under its own name, too
+    names = [n for n in every if _belongs(n, stack, set(blocks), part)]
     if outside:
-        names += [n for n, _ in target.named_parameters() if not is_inside(n, stack.path)]
+        names += [n for n in every if not is_inside(n, stack.path)]
     names += [n for n, _ in target.named_buffers() if _belongs(n, stack, set(blocks), part)]
     with ExitStack() as undo:
         for name in names:

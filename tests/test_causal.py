@@ -54,6 +54,18 @@ def test_reverting_all_is_the_base_and_none_is_the_tuned_model_to_the_bit(kind: 
     assert torch.equal(output(before), base)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_tied_head_is_reverted_with_the_embeddings(kind: str) -> None:
+    before = tiny(kind, auto="AutoModelForCausalLM", tie_word_embeddings=True).eval().requires_grad_(False)
+    after = copy.deepcopy(before)
+    assert after.get_output_embeddings().weight is after.get_input_embeddings().weight
+    after.get_input_embeddings().weight.add_(0.3)
+    assert not torch.equal(output(after), output(before))
+    with exchanged(after, before, range(3), outside=True):
+        assert torch.equal(output(after), output(before))
+    assert after.get_output_embeddings().weight is after.get_input_embeddings().weight
+
+
 def test_models_are_restored_after_an_error_and_nothing_is_copied() -> None:
     before, after = pair("bert")
     pointers = {n: p.data_ptr() for n, p in after.named_parameters()}
