@@ -194,16 +194,19 @@ def _at_best(rows: pd.DataFrame) -> pd.DataFrame:
 def _reading(best: pd.DataFrame, strict: pd.DataFrame) -> list[str]:
     """What it shows and does not, from the numbers themselves."""
     lost = best[best["term"] == "lost"]
-    means = (100 * lost.groupby(["method", "training_seed", "trained_on"])["value"].mean()).groupby("method")
-    typical = means.std().mean()
-    order = means.mean().sort_values()
-    gap = order.iloc[-1] - order.iloc[0]
+    order = (100 * lost.groupby(["trained_on", "method"])["value"].mean()).sort_values()
+    seeds = lost.groupby(["trained_on", "method"])["training_seed"].nunique()
+    ends = [f"{m} on {t} ({order[t, m]:+.1f} points)" for t, m in (order.index[0], order.index[-1])]
+    spread = (100 * lost.groupby(["trained_on", "method", "training_seed"])["value"].mean()).groupby(level=[0, 1]).std()
+    said = (
+        f"; {int((seeds < 2).sum())} of {len(seeds)} rows are a single training, so nothing is said about methods"
+        if (seeds < 2).any()
+        else f"; the standard deviation over training seeds is {spread.mean():.1f} on average"
+    )
     return [
         "## What this shows, and what it does not",
         "",
-        f"- Mean loss by method from {order.index[0]} ({order.iloc[0]:+.1f} points) to {order.index[-1]} "
-        f"({order.iloc[-1]:+.1f}); the standard deviation over training seeds and tasks within a method is {typical:.1f} on "
-        f"average, so the gap of {gap:.1f} is {'within' if gap < 2 * typical else 'beyond'} twice that.",
+        f"- Mean loss from {ends[0]} to {ends[1]}{said}.",
         "- A loss at one hidden state is not a loss of the model: another hidden state may still show it.",
         "- Few items and epochs, one small encoder; adapters that barely learned their task had little reason to forget.",
         "- Losses are what a linear probe no longer reads; intervals and p are about test items and probing seeds of one "
