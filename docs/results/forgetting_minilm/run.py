@@ -1,18 +1,20 @@
 """What fine-tuning made MiniLM forget, by plan and hidden state: real runs, their rows, and the page made from them.
 
-    python docs/results/forgetting_minilm/run.py GLUE_RUNS GLUE_FOLDER UD_FOLDER WORK
+    python docs/results/forgetting_minilm/run.py GLUE_FOLDER UD_FOLDER WORK
 
-``GLUE_RUNS`` is the folder of runs of ``docs/results/glue_minilm/run.py``, whose trained models are compared with the
-model that they started from; the learning rates are those chosen there. ``WORK`` keeps everything that is slow, so
-that the same command goes on where it was interrupted. Without arguments only the page is made again.
+Every plan is trained as in ``docs/results/glue_minilm``, with the learning rate chosen there, and compared with the
+model that it started from. ``WORK`` keeps everything that is slow, so that the same command goes on where it was
+interrupted; what the committed rows hold is not made again. Without arguments only the page is made again.
 """
 
 # ruff: noqa: E501 - sentences of a page
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 
@@ -20,8 +22,19 @@ HERE = Path(__file__).parent
 METHODS = ("spafit-scaled-I", "lora", "bitfit", "full")
 TASKS = ("sst2", "stsb")
 SEEDS = (0, 1, 2)
+SEQUENCE = "cola → rte"
 TERMS = ("pre", "recoverable", "lost", "moved", "re-encoded")
 KEPT = ["trained_on", "method", "training_seed", "task", "level", "control", "hidden", "term", "value", "p_layers"]
+
+
+def glue_study() -> ModuleType:
+    """The script of the other study: its rows chose the learning rates, and its trainings are repeated here."""
+    spec = importlib.util.spec_from_file_location("glue_study", HERE.parent / "glue_minilm" / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def chosen_rates() -> dict[tuple[str, str], float]:
@@ -33,8 +46,8 @@ def chosen_rates() -> dict[tuple[str, str], float]:
     return {(str(t), str(m)): float(r) for (t, m), r in best["learning_rate"].items()}
 
 
-def run(runs: Path, glue: Path, treebank: Path, work: Path) -> None:
-    """Probe the model before, compare every trained one with it, train the sequence, collect rows."""
+def run(glue: Path, treebank: Path, work: Path) -> None:
+    """Probe the model before; train and compare what the committed rows lack, a training seed at a time."""
     from probing.running import probe_layers
 
     tasks = ["core", f"conllu:{treebank}#upos,deprel"]
@@ -42,15 +55,27 @@ def run(runs: Path, glue: Path, treebank: Path, work: Path) -> None:
     probe_layers(
         None, tasks, controls=("word-type",), seeds=SEEDS, max_train=6000, out=before, cache_dir=work / "cache"
     )
-    rates = chosen_rates()
+    rates, study = chosen_rates(), glue_study()
     for seed in SEEDS:
         for task in TASKS:
             for method in METHODS:
-                model = runs / task / method / f"{rates[task, method]:g}" / f"seed-{seed}" / "model"
                 facts: dict[str, object] = {"trained_on": task, "method": method, "training_seed": seed}
-                _compare(before, [model], work, f"{task}-{method}-{seed}", facts)
-        _sequence(runs, glue, work, before, seed, rates["cola", "full"])
-    write_page()
+                if _known(**facts):
+                    continue
+                result = study.train_cell(task, method, rates[task, method], (seed,), glue, work / "trained")
+                _compare(before, [result.model_folder(seed)], work, f"{task}-{method}-{seed}", facts)
+                write_page()
+        facts = {"trained_on": SEQUENCE, "method": "full, stage 2", "training_seed": seed}
+        if not _known(**facts):
+            first = study.train_cell("cola", "full", rates["cola", "full"], (seed,), glue, work / "trained")
+            _sequence(first.model_folder(seed), glue, work, before, seed)
+            write_page()
+
+
+def _known(**facts: object) -> bool:
+    path = HERE / "rows.parquet"
+    rows = pd.read_parquet(path, columns=list(facts)) if path.exists() else pd.DataFrame(columns=list(facts))
+    return bool((rows[list(facts)] == pd.Series(facts)).all(axis=1).any())
 
 
 def _compare(before: Path, models: list[Path], work: Path, name: str, facts: dict[str, object]) -> None:
@@ -79,13 +104,12 @@ def _compare(before: Path, models: list[Path], work: Path, name: str, facts: dic
     _add("drift", drift[["trained_on", "method", "training_seed", "hidden", "measure", "value", "ci_low", "ci_high"]])
 
 
-def _sequence(runs: Path, glue: Path, work: Path, before: Path, seed: int, rate: float) -> None:
+def _sequence(first: Path, glue: Path, work: Path, before: Path, seed: int) -> None:
     """CoLA, then RTE from what CoLA left, everything trained: two stages compared with the start."""
     from spafit import fit, load_model
     from spafit.data.training import glue_data
     from spafit.settings import TrainSettings
 
-    first = runs / "cola" / "full" / f"{rate:g}" / f"seed-{seed}" / "model"
     body = work / "sequence" / f"body-{seed}"
     if not (body / "model.safetensors").exists():
         loaded = load_model(str(first))
@@ -97,8 +121,41 @@ def _sequence(runs: Path, glue: Path, work: Path, before: Path, seed: int, rate:
         str(body), "full", data=data, settings=TrainSettings(epochs=3, batch_size=16, learning_rate=5e-5),
         seeds=(seed,), out=work / "sequence" / f"rte-{seed}",
     )  # fmt: skip
-    facts = {"trained_on": "cola → rte", "method": "full", "training_seed": seed}
-    _compare(before, [first, result.model_folder()], work, f"sequence-{seed}", facts)
+    models = [first, result.model_folder()]
+    facts = {"trained_on": SEQUENCE, "method": "full", "training_seed": seed}
+    _compare(before, models, work, f"sequence-{seed}", facts)
+    _own_tasks(models, glue, work, seed)
+
+
+def _own_tasks(models: list[Path], glue: Path, work: Path, seed: int) -> None:
+    """What the stages leave of the two tasks themselves, read by probes."""
+    from analysis.comparing import compare
+    from analysis.comparison import stage_scores
+
+    tasks = []
+    for name, columns in (("cola", "text=text,label=label"), ("rte", "text=text,text2=text2,label=label")):
+        folder = work / "tables" / name
+        if not folder.is_dir():
+            _write_tables(name, glue, folder)
+        tasks.append(f"table:{folder},{columns}")
+    found = compare(
+        None, models, tasks=tasks, labels=["cola", "rte"], controls=(), out=work / "compared" / f"own-{seed}",
+        cache_dir=work / "cache", drift=False,
+    )  # fmt: skip
+    scores = stage_scores(found).assign(training_seed=seed)
+    path = HERE / "sequence.csv"
+    old = pd.read_csv(path) if path.exists() else scores.iloc[:0]
+    pd.concat([old[old["training_seed"] != seed], scores]).round(5).to_csv(path, index=False)
+
+
+def _write_tables(name: str, glue: Path, folder: Path) -> None:
+    """A task's training and development items as tables that a probing task reads."""
+    from spafit.data.training import glue_data
+
+    data = glue_data(name, glue, files={"train": "train.tsv", "validation": "dev.tsv"} if name == "rte" else None)
+    folder.mkdir(parents=True)
+    for split, file in (("train", "train.tsv"), ("validation", "test.tsv")):
+        data.frames[split].to_csv(folder / file, sep="\t", index=False)
 
 
 def _add(name: str, rows: pd.DataFrame) -> None:
@@ -215,7 +272,7 @@ def _reading(best: pd.DataFrame, strict: pd.DataFrame) -> list[str]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 5:
+    if len(sys.argv) == 4:
         run(*(Path(a) for a in sys.argv[1:]))
     else:
         write_page()

@@ -12,9 +12,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+
+if TYPE_CHECKING:
+    from spafit.fit_result import FitResult
 
 HERE = Path(__file__).parent
 METHODS = (
@@ -41,6 +45,15 @@ def rates(method: str) -> tuple[float, float]:
 
 def train(task: str, method: str, data: Path, runs: Path) -> None:
     """All rates and seeds of one task and method."""
+    known = _rows()
+    for rate in rates(method):
+        cell = known[(known["task"] == task) & (known["method"] == method) & np.isclose(known["learning_rate"], rate)]
+        if not set(SEEDS) <= set(cell["seed"]):
+            train_cell(task, method, rate, SEEDS, data, runs)
+
+
+def train_cell(task: str, method: str, rate: float, seeds: tuple[int, ...], data: Path, runs: Path) -> FitResult:
+    """Some seeds of one task, method and rate; finished ones are kept."""
     from spafit import TrainSettings, fit
     from spafit.data.training import glue_data
 
@@ -48,16 +61,9 @@ def train(task: str, method: str, data: Path, runs: Path) -> None:
     given = glue_data(task, data, files=files or None)
     splits = {s: f for s, f in given.frames.items() if s in ("train", "validation")}
     given = type(given)(given.name, splits, given.labels, given.metrics, given.source)
-    known = _rows()
-    for rate in rates(method):
-        cell = known[(known["task"] == task) & (known["method"] == method) & np.isclose(known["learning_rate"], rate)]
-        if set(SEEDS) <= set(cell["seed"]):
-            continue
-        settings = TrainSettings(
-            epochs=epochs, batch_size=BATCH, learning_rate=rate, max_length=length, max_train=items
-        )
-        out = runs / task / method.replace(":", "-") / f"{rate:g}"
-        fit(None, method, data=given, settings=settings, seeds=SEEDS, out=out, device="cpu", quiet=True)
+    settings = TrainSettings(epochs=epochs, batch_size=BATCH, learning_rate=rate, max_length=length, max_train=items)
+    out = runs / task / method.replace(":", "-") / f"{rate:g}"
+    return fit(None, method, data=given, settings=settings, seeds=seeds, out=out, device="cpu", quiet=True)
 
 
 def collect(runs: Path) -> None:
