@@ -120,3 +120,47 @@ def test_the_digest_changes_with_anything_that_changes_numbers():
     assert change(task, label=1 - task.items["label"]).digest != base
     assert change(task, group="one").digest != base
     assert change(task, control="x").digest != base
+
+
+# ---------------------------------------------------------------- numbers, several labels, two spans
+
+
+def as_numbers(values: object) -> Task:
+    return replace(change(make_task(), label=values), kind="number", labels=())
+
+
+def as_several(labels: list[str]) -> Task:
+    return replace(change(make_task(), label=labels), kind="multilabel", labels=("a", "b", "c"))
+
+
+def test_numbers_are_targets_unless_missing_or_constant():
+    values = np.linspace(0, 1, 100)
+    assert as_numbers(values).validate().kind == "number"
+    with pytest.raises(TaskError, match="item 'i7' is missing or not finite"):
+        as_numbers(np.where(np.arange(100) == 7, np.nan, values)).validate()
+    with pytest.raises(TaskError, match="targets that vary"):
+        as_numbers(np.where(np.arange(100) < 60, 2.0, values)).validate()
+    drawn = as_numbers(values).training_draw(0, 20)
+    assert len(drawn) == 20  # no number has to be there as a class has to
+
+
+def test_several_labels_are_drawn_and_checked_one_by_one():
+    labels = ["0,1" if i % 2 else "0" for i in range(100)]
+    labels[59] = "0,2"
+    task = as_several(labels).validate()
+    assert 59 in task.training_draw(0, 10)
+    with pytest.raises(TaskError, match="'c' occur in dev or test but never"):
+        as_several(["0,2" if i == 80 else "0" for i in range(100)]).validate()
+    with pytest.raises(TaskError, match="position 3 is outside"):
+        as_several(["0,3"] * 100).validate()
+    with pytest.raises(TaskError, match="no training item has a label"):
+        as_several([""] * 100).validate()
+
+
+def test_pairs_of_spans_point_into_their_text():
+    task = replace(change(make_task(), span2=2), unit="span-pair")
+    assert task.validate().digest != change(task, span2=1).digest
+    with pytest.raises(TaskError, match="column 'span2' points outside"):
+        change(task, span2=3).validate()
+    with pytest.raises(TaskError, match="need the column span2"):
+        replace(make_task(), unit="span-pair").validate()

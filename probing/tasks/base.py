@@ -15,9 +15,13 @@ from spafit.io import content_digest
 from spafit.runtime import generator
 
 Level = Literal["surface", "syntax", "semantics", "other"]
-Unit = Literal["word", "sentence", "pair"]
+Unit = Literal["word", "sentence", "pair", "span", "span-pair"]
+Kind = Literal["classes", "multilabel", "number"]
 LEVELS: tuple[str, ...] = get_args(Level)
 UNITS: tuple[str, ...] = get_args(Unit)
+KINDS: tuple[str, ...] = get_args(Kind)
+#: Units whose items point at spans of their text.
+SPAN_UNITS = ("word", "span", "span-pair")
 
 #: Columns every task's items have; any further column is metadata that results can be split by.
 ITEM_COLUMNS = ("item", "text", "span", "label", "split", "group", "control")
@@ -77,12 +81,14 @@ class Task:
     Attributes:
         name: unique in a run, for example ``core.tense`` or ``ewt.upos``.
         level: the linguistic level the task is filed under; an assumption that users can regroup.
-        unit: ``word`` (one span), ``sentence`` (a whole text) or ``pair`` (a text with a second segment).
-        labels: class names; ``items.label`` indexes them.
+        unit: ``word`` (one span that is a word), ``sentence`` (a whole text), ``pair`` (a text with a second segment),
+            ``span`` (one span of any length) or ``span-pair`` (two spans of one text, in the columns ``span`` and
+            ``span2``).
+        labels: class names, which ``items.label`` indexes; empty for numbers.
         corpus: the texts.
         items: one row per item with the columns of :data:`ITEM_COLUMNS`: ``item`` (unique string id),
             ``text`` (position in ``corpus.texts``), ``span`` (position in the text's spans; -1 for whole texts),
-            ``label`` (position in ``labels``), ``split`` (``train``, ``dev``, and one or more test splits),
+            ``label`` (see ``kind``), ``split`` (``train``, ``dev``, and one or more test splits),
             ``group`` (cluster for intervals: the sentence or document, as a string) and ``control``
             (the string whose type draws the control label: the word, or a sentence's content word; empty if none).
         description: one sentence for a reader, with the unit and what the classes are.
@@ -90,6 +96,9 @@ class Task:
         licence: licence of the data.
         citation: BibTeX key or reference of the data or definition.
         notes: what was dropped, truncated or changed while reading, for the report.
+        kind: what ``items.label`` holds. ``classes``: one position in ``labels``. ``multilabel``: positions in
+            ``labels``, ascending and between commas in a string such as ``"3,17"``; empty where none applies.
+            ``number``: a finite float.
     """
 
     name: str
@@ -103,6 +112,7 @@ class Task:
     licence: str = ""
     citation: str = ""
     notes: tuple[str, ...] = ()
+    kind: Kind = "classes"
 
     @property
     def test_splits(self) -> tuple[str, ...]:
@@ -114,7 +124,9 @@ class Task:
     def digest(self) -> str:
         """SHA-256 over what determines the task's numbers: texts, spans, labels, splits, groups, control keys."""
         columns = (self.items[c].astype(str).str.cat(sep="\x1f") for c in ITEM_COLUMNS)
-        return content_digest((self.name, self.unit, "\x1f".join(self.labels), self.corpus.digest, *columns))
+        extra = () if self.kind == "classes" else (self.kind,)
+        extra += (self.items["span2"].astype(str).str.cat(sep="\x1f"),) if self.unit == "span-pair" else ()
+        return content_digest((self.name, self.unit, "\x1f".join(self.labels), self.corpus.digest, *columns, *extra))
 
     def regroup(self, level: Level) -> Task:
         """The same task filed under another level."""
@@ -147,29 +159,66 @@ class Task:
         if items["item"].duplicated().any():
             first = items.loc[items["item"].duplicated(), "item"].iloc[0]
             raise TaskError(f"Task {self.name!r}: item id {first!r} occurs twice; ids must be unique.")
-        trained = set(items.loc[items["split"] == "train", "label"])
-        if len(trained) < 2:
-            only = self.labels[next(iter(trained))]
-            raise TaskError(
-                f"Task {self.name!r} has one class only in training ({only!r}); a probe needs at least two."
-            )
-        unseen = sorted({self.labels[i] for i in set(items["label"]) - trained})
-        if unseen:
-            raise TaskError(
-                f"Task {self.name!r}: label(s) {', '.join(map(repr, unseen[:5]))} occur in dev or test but never in "
-                "training. Remove those items, merge the label, or add training items."
-            )
+        self._validate_labels()
         text, span = items["text"].to_numpy(), items["span"].to_numpy()
         if text.min() < 0 or text.max() >= len(self.corpus.texts):
             raise TaskError(
                 f"Task {self.name!r}: column 'text' points outside the corpus of {len(self.corpus.texts)} texts."
             )
         lengths = np.array([len(t.spans) for t in self.corpus.texts])
-        if self.unit == "word" and ((span < 0) | (span >= lengths[text])).any():
-            raise TaskError(f"Task {self.name!r}: column 'span' points outside its text's words.")
-        if self.unit != "word" and (span != -1).any():
+        for column in ("span", "span2")[: 2 if self.unit == "span-pair" else 1]:
+            if column not in items:
+                raise TaskError(f"Task {self.name!r}: items of a span-pair task need the column {column}.")
+            at = items[column].to_numpy()
+            if self.unit in SPAN_UNITS and ((at < 0) | (at >= lengths[text])).any():
+                raise TaskError(f"Task {self.name!r}: column {column!r} points outside its text's spans.")
+        if self.unit not in SPAN_UNITS and (span != -1).any():
             raise TaskError(f"Task {self.name!r}: items of a {self.unit} task must have span -1.")
         return self
+
+    def _validate_labels(self) -> None:
+        items, train = self.items, self.items["split"] == "train"
+        if self.kind not in KINDS:
+            raise TaskError(f"Task {self.name!r}: kind {self.kind!r} is not one of {', '.join(KINDS)}.")
+        if self.kind == "number":
+            values = items["label"].to_numpy(dtype=np.float64)
+            if not np.isfinite(values).all():
+                first = items["item"].iloc[int(np.flatnonzero(~np.isfinite(values))[0])]
+                raise TaskError(
+                    f"Task {self.name!r}: the target of item {first!r} is missing or not finite. Remove such items."
+                )
+            if np.ptp(values[train.to_numpy()]) == 0:
+                raise TaskError(
+                    f"Task {self.name!r}: every training target is {values[train.to_numpy()][0]:g}; a regression needs "
+                    "targets that vary."
+                )
+            return
+        if self.kind == "multilabel":
+            trained, every = self._label_positions(items.loc[train, "label"]), self._label_positions(items["label"])
+            outside = sorted(i for i in every if not 0 <= i < len(self.labels))
+            if outside:
+                raise TaskError(
+                    f"Task {self.name!r}: label position {outside[0]} is outside its {len(self.labels)} labels."
+                )
+            if not trained:
+                raise TaskError(f"Task {self.name!r}: no training item has a label.")
+        else:
+            trained, every = set(items.loc[train, "label"]), set(items["label"])
+            if len(trained) < 2:
+                only = self.labels[next(iter(trained))]
+                raise TaskError(
+                    f"Task {self.name!r} has one class only in training ({only!r}); a probe needs at least two."
+                )
+        unseen = sorted({self.labels[i] for i in every - trained})
+        if unseen:
+            raise TaskError(
+                f"Task {self.name!r}: label(s) {', '.join(map(repr, unseen[:5]))} occur in dev or test but never in "
+                "training. Remove those items, merge the label, or add training items."
+            )
+
+    @staticmethod
+    def _label_positions(labels: pd.Series) -> set[int]:
+        return {int(i) for text in labels.unique() for i in str(text).split(",") if i}
 
     def training_draw(self, seed: int, max_train: int | None) -> np.ndarray:
         """Positions in ``items`` (ascending) of the training items that ``seed`` draws.
@@ -189,5 +238,15 @@ class Task:
         ranked = train[np.argsort(rank[self.items["text"].to_numpy()[train]], kind="stable")]
         labels = self.items["label"].to_numpy()
         drawn, rest = ranked[:wanted], ranked[wanted:]
+        if self.kind == "number":
+            return np.sort(drawn)
+        if self.kind == "multilabel":
+            have = self._label_positions(self.items["label"].iloc[drawn])
+            added = []
+            for row in rest:
+                if new := self._label_positions(self.items["label"].iloc[[row]]) - have:
+                    have |= new
+                    added.append(row)
+            return np.sort(np.concatenate([drawn, np.array(added, dtype=drawn.dtype)]))
         absent, first = np.unique(labels[rest], return_index=True)
         return np.sort(np.concatenate([drawn, rest[first[~np.isin(absent, labels[drawn])]]]))
