@@ -2,7 +2,8 @@
 
     python docs/results/retention_smollm2/run.py SMOLLM2_GGUF_FOLDER GLUE_FOLDER WIKITEXT_FOLDER BLIMP_FOLDER WORK
 
-Finished trainings and measured models in ``WORK`` are kept. Without arguments only the page is made again.
+Plans that the committed rows hold are not trained again; finished trainings and measured models in ``WORK`` are kept.
+Without arguments only the page is made again.
 """
 
 # ruff: noqa: E501 - sentences of a page
@@ -47,21 +48,27 @@ def run(gguf: Path, glue: Path, wikitext: Path, blimp: Path, work: Path) -> None
     text = (wikitext / "test.txt").read_text(encoding="utf-8")[:TEST_CHARACTERS]
     other = (wikitext / "valid.txt").read_text(encoding="utf-8")[:REFIT_CHARACTERS]
     settings = TrainSettings(epochs=1, batch_size=8, max_length=48, learning_rate=5e-4, select_share=0.0)
-    tables, scores = [], []
     for method in METHODS:
         for seed in SEEDS:
+            known = pd.read_csv(HERE / "rows.csv") if (HERE / "rows.csv").exists() else pd.DataFrame(columns=["method"])
+            if (known["method"] == method).any():
+                continue
             out = work / f"{method}-{seed}"
             result = fit(str(base), method, data=data, settings=settings, seeds=(seed,), out=out)
-            scores.append(result.runs.assign(method=method))
             kept = out / "retention.csv"
             if not kept.exists():
                 after = graft(original, load_model(str(result.model_folder())).model, name=method)
                 table = retention_table(original, after, text=text, pairs=pairs, refit_on=other, quiet=False)
                 table.to_csv(kept, index=False)
-            tables.append(pd.read_csv(kept).assign(method=method, training_seed=seed))
-            pd.concat(tables).round(5).to_csv(HERE / "rows.csv", index=False)
-            pd.concat(scores).to_csv(HERE / "training.csv", index=False)
+            _add("rows", pd.read_csv(kept).assign(method=method, training_seed=seed).round(5))
+            _add("training", result.runs.assign(method=method))
             write_page()
+
+
+def _add(name: str, rows: pd.DataFrame) -> None:
+    path = HERE / f"{name}.csv"
+    old = [pd.read_csv(path)] if path.exists() else []
+    pd.concat([*old, rows], ignore_index=True).to_csv(path, index=False)
 
 
 def write_page() -> None:
