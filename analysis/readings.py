@@ -174,10 +174,10 @@ class _Arrays:
     def __init__(self, table: pd.DataFrame, hidden: tuple[int, ...]):
         self.hidden = hidden
         own = table[table["hidden"].isin(hidden)]
-        self.control = own["control"].astype(str).to_numpy()
+        self.control = own["control"]
         self.seed = own["seed"].to_numpy()
-        one = (self.control == "none") & (self.seed == self.seed[0]) & (own["hidden"] == hidden[0]).to_numpy()
-        self.items = own["item"].astype(str).to_numpy()[one]
+        one = (self.control == "none").to_numpy() & (self.seed == self.seed[0]) & (own["hidden"] == hidden[0]).to_numpy()
+        self.items = own["item"][one].astype(str).to_numpy()
         self.right = _codes(own["prediction"], own["label"])
         self.bits = own["bits"].to_numpy(dtype=np.float64)
 
@@ -187,7 +187,7 @@ class _Arrays:
         Raises:
             DataError: the table does not hold every item for every seed and hidden state.
         """
-        chosen = self.control == control
+        chosen = (self.control == control).to_numpy()
         seeds, shape = len(np.unique(self.seed[chosen])), (len(self.hidden), len(self.items))
         if chosen.sum() != seeds * shape[0] * shape[1] or not seeds:
             raise DataError(
