@@ -176,7 +176,9 @@ class _Arrays:
         own = table[table["hidden"].isin(hidden)]
         self.control = own["control"]
         self.seed = own["seed"].to_numpy()
-        one = (self.control == "none").to_numpy() & (self.seed == self.seed[0]) & (own["hidden"] == hidden[0]).to_numpy()
+        one = (
+            (self.control == "none").to_numpy() & (self.seed == self.seed[0]) & (own["hidden"] == hidden[0]).to_numpy()
+        )
         self.items = own["item"][one].astype(str).to_numpy()
         self.right = _codes(own["prediction"], own["label"])
         self.bits = own["bits"].to_numpy(dtype=np.float64)
