@@ -226,7 +226,7 @@ def _masked_rows(language: LanguageModel, texts: Sequence[Sequence[int]]) -> lis
 
 
 def _batches(lengths: Sequence[int], *, apart: int) -> Iterator[range]:
-    """Runs of rows, longest first, of at most :data:`BATCH_TOKENS` padded tokens; those above ``apart`` on their own."""
+    """Runs of at most :data:`BATCH_TOKENS` padded tokens, longest rows first; rows above ``apart`` run on their own."""
     start, long = 0, sum(n > apart for n in lengths)
     while start < len(lengths):
         stop = min(long if start < long else len(lengths), start + max(1, BATCH_TOKENS // max(1, lengths[start])))
