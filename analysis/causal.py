@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 import pandas as pd
 
@@ -35,6 +36,8 @@ COLUMNS = (
 )  # fmt: skip
 _ATTENTION = ("query", "key", "value", "attention_output", "attention_norm")
 _FEED_FORWARD = ("intermediate", "output", "output_norm")
+#: The stack of each model that an intervention was made in, with the names and classes of its modules at that time.
+_STACKS: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[str, type], ...], Stack]] = WeakKeyDictionary()
 
 
 def windows(num_blocks: int, kind: Literal["single", "prefix", "suffix"]) -> list[tuple[int, int]]:
@@ -318,8 +321,13 @@ def _scores(metric: Metric, model: nn.Module) -> dict[str, float]:
 
 
 def _stack_of(model: nn.Module) -> Stack:
+    """The one stack that interventions work on; looked for again only where the model is built otherwise now."""
     from spafit.stacks import find_stacks
 
+    build = tuple((name, type(module)) for name, module in model.named_modules())
+    known = _STACKS.get(model)
+    if known is not None and known[0] == build:
+        return known[1]
     stacks = [s for s in find_stacks(model) if s.cross_branch is None]
     if len(stacks) != 1:
         raise ModelError(
@@ -330,6 +338,7 @@ def _stack_of(model: nn.Module) -> Stack:
         raise ModelError(
             f"The blocks of {type(model).__name__} share their weights: none of them can be changed alone."
         )
+    _STACKS[model] = build, stacks[0]
     return stacks[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from analysis import causal
 from analysis.causal import effect, erased, exchanged, marginals, resampled, shapley_values, skipped, windows
 from analysis.erasure import fit_leace
 from spafit.errors import ModelError, UsageError
+from spafit.stacks import find_stacks
 from tests.tiny import tiny
 
 KINDS = {"bert": "AutoModelForSequenceClassification", "gpt2": "AutoModel", "llama": "AutoModel"}
@@ -52,6 +55,31 @@ def test_reverting_all_is_the_base_and_none_is_the_tuned_model_to_the_bit(kind: 
     with exchanged(before, after, range(3), outside=True):
         assert torch.equal(output(before), tuned)
     assert torch.equal(output(before), base)
+
+
+def test_the_blocks_are_looked_for_once_and_again_where_the_model_is_built_otherwise(monkeypatch: Any) -> None:
+    before, after = pair("bert")
+    looked: list[Any] = []
+
+    def counted(model: Any) -> Any:
+        looked.append(model)
+        return find_stacks(model)
+
+    monkeypatch.setattr("spafit.stacks.find_stacks", counted)
+    for _ in range(3):
+        with exchanged(after, before, [1]):
+            pass
+    assert looked == [after, before]
+    layers = after.get_submodule("bert.encoder.layer")
+    del layers[2]
+    with pytest.raises(ModelError, match=r"2 blocks and a .* of 3"), exchanged(after, before, [1]):
+        pass
+    assert looked == [after, before, after]
+    kept = len(causal._STACKS)
+    del before, after, layers
+    looked.clear()
+    gc.collect()
+    assert len(causal._STACKS) == kept - 2  # nothing keeps a model alive
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

@@ -7,8 +7,10 @@ import warnings
 import numpy as np
 import pytest
 
+from analysis import cka
 from analysis.alignment import Alignment, fit_alignment
 from analysis.drift import cka_heat_map, cluster_cka, debiased_cka, drift_table, mutual_knn, procrustes_r2
+from analysis.hsic import Variant
 from analysis.weights import low_rank_drift, weight_drift
 from spafit.errors import UsageError
 
@@ -43,6 +45,18 @@ def test_debiased_cka_is_the_ratio_of_unbiased_hsics() -> None:
     assert debiased_cka(x, y).value == pytest.approx(expected, rel=1e-9)
     shifted = debiased_cka(x + 100, y - 50).value
     assert shifted == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["raw", "z-scored"])
+def test_rows_in_several_chunks_give_what_all_at_once_give(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = (a.astype(np.float32) + 3 for a in gaussians(47, 7, 5))
+    y[:, :3] += 2 * x[:, :3]
+    whole, copies = debiased_cka(x, y, variant=variant), (x.copy(), y.copy())
+    monkeypatch.setattr(cka, "CHUNK", 20)
+    monkeypatch.setattr(cka, "CENTRED", 6)
+    assert debiased_cka(x, y, variant=variant).value == pytest.approx(whole.value, rel=1e-5)
+    assert all(np.array_equal(a, b) for a, b in zip((x, y), copies, strict=True))  # centred in memory of its own
+    assert 0.1 < whole.value < 0.9
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 1.0, 4.0])

@@ -6,14 +6,17 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from analysis import token_scores
 from analysis.retention import pair_scores, refit_head, retention_table
 from analysis.token_scores import encode_sentences, score, windows
+from analysis.token_trees import one_text, pack, visible
 from spafit.data.blimp import read_blimp
 from spafit.errors import DataError, ModelError, UsageError
 from spafit.language_models import LanguageModel, graft, load_language_model
@@ -54,6 +57,74 @@ def test_causal_bits_are_transformers_own_loss(kind: str) -> None:
         losses.append(float(own.model(input_ids=batch, labels=batch).loss) * (len(ids) - 1))
     assert found.log_p.sum() == pytest.approx(-sum(losses), rel=1e-5)
     assert len(found.log_p) == sum(len(t) - 1 for t in texts)
+
+
+def by_itself(own: LanguageModel, ids: list[int]) -> list[float]:
+    """Log-probability of each token but the first, from a pass of this text alone."""
+    log_p = torch.log_softmax(own.model(input_ids=torch.tensor([ids])).logits[0].double(), -1)
+    return [float(log_p[k, token]) for k, token in enumerate(ids[1:])]
+
+
+#: One beginning with three ends, a text twice, a text that begins another, no common word, and one token alone.
+ALIKE = [[1, 5, 6, 7, 8], [1, 5, 6, 9], [1, 5, 7], [2, 5, 6, 7], [1, 5, 6, 7, 8], [1, 5, 6], [3], [9, 8, 7, 6, 5, 4, 3]]
+
+
+def test_rows_hold_every_text_and_what_texts_share_once() -> None:
+    long = list(range(20))
+    rows = list(pack([*ALIKE, long], size=18))
+    for tree in rows:
+        for number, path in tree.paths:
+            assert [tree.ids[k] for k in path] == [*ALIKE, long][number]
+            assert [tree.parents[k] for k in path] == [-1, *path[:-1]]
+            sees, position = visible(tree.parents)
+            assert np.flatnonzero(sees[path[-1]]).tolist() == sorted(path)
+            assert position[list(path)].tolist() == list(range(len(path)))
+    assert sorted(number for tree in rows for number, _ in tree.paths) == list(range(9))
+    beginnings = {tuple(t[: k + 1]) for t in ALIKE for k in range(len(t))}
+    assert sorted(len(tree.ids) for tree in rows) == [7, len(beginnings) - 7, 20]  # the text of 7 needs a new row
+    assert all(len(tree.ids) <= 18 or len(tree.paths) == 1 for tree in rows)
+    sees, position = visible(one_text(0, [4, 4, 4]).parents)
+    assert np.array_equal(sees, np.tri(3, dtype=bool))
+    assert position.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_texts_in_shared_rows_score_as_each_by_itself(kind: str, attention: str, monkeypatch: Any) -> None:
+    own = language(kind)
+    own.model.set_attn_implementation(attention)
+    monkeypatch.setattr(token_scores, "ROW_TOKENS", 18)
+    widths: list[int] = []  # tokens of each pass
+    own.model.get_input_embeddings().register_forward_hook(lambda _, args, output: widths.append(args[0].numel()))
+    texts = [*ALIKE, [1, 5, 6, 7, 8, 9, 2, 3, 4] * 3]
+    got = score(own, texts)
+    assert got.text.tolist() == [i for i, t in enumerate(texts) for _ in t[1:]]
+    assert widths[-2:] == [27, 24]  # the long text, and two rows of 12 and 7 tokens in place of seven of up to 7
+    assert got.log_p == pytest.approx([p for t in texts for p in by_itself(own, t)], rel=1e-5)
+    sums = got.sums(len(texts))
+    assert sums[0] == sums[4]  # equal texts tie exactly
+    assert sums[6] == 0
+
+
+def test_a_model_that_ignores_masks_or_positions_gets_no_shared_rows(monkeypatch: Any) -> None:
+    """Negative control: with such a model shared rows would be wrong, and are found to be."""
+    for lost in ("attention_mask", "position_ids"):
+        own = language("gpt2")
+        body = own.body
+        plain = type(body).forward
+
+        def forward(self: Any, *args: Any, lost: str = lost, plain: Any = plain, **kwargs: Any) -> Any:
+            if kwargs.get("position_ids") is not None:
+                kwargs[lost] = None
+            return plain(self, *args, **kwargs)
+
+        monkeypatch.setattr(body, "forward", forward.__get__(body))
+        got = score(own, ALIKE)
+        assert got.log_p == pytest.approx([p for t in ALIKE for p in by_itself(own, t)], rel=1e-5)
+        monkeypatch.setattr(torch, "allclose", lambda *_, **__: True)
+        wrong = score(own, ALIKE)
+        monkeypatch.undo()
+        assert np.abs(wrong.log_p - got.log_p).max() > 1e-4
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "modernbert"])
