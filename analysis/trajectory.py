@@ -5,9 +5,10 @@ step, ``transfer`` is P's accuracy on the states of then, ``recoverable`` that o
 
     lost = pre - recoverable        moved+re-encoded = recoverable - transfer
 
-with ``pre`` the accuracy of P before training (``recoverable`` at step 0). The two add up to pre - transfer. There is no
-rigid map, so that moved and re-encoded are not told apart; nothing is subtracted for a control task or a random-weight
-encoder, and there is one draw of items. Those belong to ``spafit compare``, which is what a claim should rest on.
+with ``pre`` the accuracy of P before training (``recoverable`` at step 0). The two add up to pre - transfer. There is
+no rigid map, so that moved and re-encoded are not told apart; nothing is subtracted for a control task or a
+random-weight encoder, and there is one draw of items. Those belong to ``spafit compare``, which is what a claim should
+rest on.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def forgetting_signal(
     Args:
         tokenizer: the model's.
         tasks: references such as ``core.tense``, or tasks.
-        train_items: training items per task; the penalty is chosen on half as many dev items, before training, and kept.
+        train_items: training items per task; the penalty is chosen before training, on half as many dev items, and
+            kept.
         test_items: scored items per task, of its first test split.
         pooling: how tokens become one state.
         stack: which stack; None takes the first.
@@ -164,7 +166,7 @@ class _Watch:
         return [row for task in self._tasks for row in self._readings(task, now[task.unit])]
 
     def _look_at(self, model: nn.Module) -> tuple[LoadedModel, str, int]:
-        """The model as extraction takes it (sharing its weights), its device, and how many hidden states never change."""
+        """The model as extraction takes it (sharing its weights), its device, how many hidden states never change."""
         from probing.forward import pick_stack
         from spafit.models import load_model
 
@@ -274,7 +276,7 @@ def _right(fit: LinearProbeFit, x: np.ndarray, labels: np.ndarray) -> np.ndarray
 
 
 def trajectory_table(signals: pd.DataFrame) -> pd.DataFrame:
-    """The rows of :func:`forgetting_signal` in a table of signals, with term and task apart; columns :data:`COLUMNS`."""
+    """What :func:`forgetting_signal` gave in a table of signals, term and task apart; columns :data:`COLUMNS`."""
     parts = signals["signal"].str.split(":", n=1, expand=True).reindex(columns=[0, 1])
     table = signals.assign(term=parts[0], task=parts[1])
     return table.loc[table["term"].isin(TERMS) & table["hidden"].notna(), list(COLUMNS)].reset_index(drop=True)

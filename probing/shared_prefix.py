@@ -212,6 +212,7 @@ class Top:
 
 
 def attached(bottom: Bottom, top: Top) -> Callable[[tuple[int, int]], AbstractContextManager[None]]:
+    """For one batch, the shared blocks' outputs in place of the model's own blocks."""
     return lambda rows: replaced([top.prefix], [bottom.at(rows, top.depth)])
 
 

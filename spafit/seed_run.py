@@ -136,8 +136,8 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
             had = {s["name"] for s in before.get("signals", ())}
             if missing := [s.name for s in job.signals if s.name not in had]:
                 stderr_console(quiet=job.quiet).print(
-                    f"Seed {seed}: it finished without {' and '.join(missing)}, and a finished seed is not trained again "
-                    "to measure. Start over (--no-resume), or choose another --out, to have it"
+                    f"Seed {seed}: it finished without {' and '.join(missing)}, and a finished seed is not trained "
+                    "again to measure. Start over (--no-resume), or choose another --out, to have it"
                 )
             return _finished(folder, kept=True)
     reference = headed.reference
@@ -349,8 +349,8 @@ def _run(
         )  # fmt: skip
         if job.signals and trainer.is_fsdp_enabled:
             raise UsageError(
-                f"{job.signals[0].name} looks at the whole model, and FSDP gives each process a share of it. Use several "
-                "processes without FSDP (DDP), or leave the signal off."
+                f"{job.signals[0].name} looks at the whole model, and FSDP gives each process a share of it. Use "
+                "several processes without FSDP (DDP), or leave the signal off."
             )
         # Each process draws dropout of its own; the Trainer has just seeded them all alike.
         dropout = seed_sequence(seed, "dropout", job.processes.rank).generate_state(1, np.uint32)[0]

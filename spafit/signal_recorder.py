@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,7 @@ class SignalRecorder(TrainerCallback, ExportableState):
         for signal in self.signals:
             pace = self.paces[signal.name]
             steps = sorted(pace.steps)
-            widest = max((b - a for a, b in zip(steps, steps[1:], strict=False)), default=0)
+            widest = max((b - a for a, b in pairwise(steps)), default=0)
             said = (
                 f"seed {self.seed}: {signal.name} measured at {len(steps)} steps in {pace.spent:.1f} s, "
                 f"{100 * pace.spent / max(training, 1e-9):.0f} % of the {training:.1f} s of training"

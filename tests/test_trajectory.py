@@ -1,4 +1,4 @@
-"""Forgetting while it happens: planted losses at a known step and hidden state, states of the prefix, command and figure."""
+"""Forgetting while it happens: planted losses at a known step and hidden state, states in memory, command, figure."""
 
 from __future__ import annotations
 
