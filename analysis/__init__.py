@@ -12,6 +12,8 @@ _PUBLIC = {
     "compare": "analysis.comparing",
     "Comparison": "analysis.comparison",
     "forgetting_table": "analysis.forgetting",
+    "forgetting_signal": "analysis.trajectory",
+    "trajectory_figure": "analysis.trajectory",
     "localization_test": "analysis.localization",
     "LocalizationTest": "analysis.localization",
     "suggest_strata": "analysis.suggestion",

@@ -49,10 +49,10 @@ def unchanged_hidden(before: LoadedModel, after: LoadedModel, *, stack: str | No
     if {n: (t.shape, t.dtype) for n, t in states[0].items()} != {n: (t.shape, t.dtype) for n, t in states[1].items()}:
         return 0
     changed = [n for n in states[0] if not torch.equal(states[0][n], states[1][n].to(states[0][n].device))]
-    return _first_reader(changed, stacks[0])
+    return first_reader(changed, stacks[0])
 
 
-def _first_reader(changed: Sequence[str], stack: Stack) -> int:
+def first_reader(changed: Sequence[str], stack: Stack) -> int:
     """Hidden states that come before any of the changed tensors is read."""
     first = stack.num_blocks + 1
     for name in changed:
@@ -111,14 +111,14 @@ def extract_sharing(
         missing = [k for k in range(plan.shards) if shard_state(plan.folder, k) != "good"]
         make_room(plan.folder, needed=sum(plan.layout.shard_bytes(k) for k in missing), cache_dir=cache_dir)
     with ExitStack() as stack:
-        bottom = _Bottom(own, sorted({shared - 1 for _, shared in plans.values()}), device)
+        bottom = Bottom(own, sorted({shared - 1 for _, shared in plans.values()}), device)
         run_own = stack.enter_context(shard_runner(own, device, progress, around=bottom.recorded))
         runs = {}
         for name, (plan, shared) in plans.items():
-            top = _Top(plan, shared - 1, device)
+            top = Top(plan, shared - 1, device)
             if not bottom.fits(top):
                 continue
-            around = _attached(bottom, top)
+            around = attached(bottom, top)
             runs[name] = plan, shared, stack.enter_context(shard_runner(plan, device, progress, around=around))
         for shard in range(own.shards) if runs else ():
             bottom.states.clear()
@@ -149,7 +149,7 @@ def _claimed(plan: ExtractionPlan, shard: int, run: Callable[..., Any], *, share
         unclaim(lock)
 
 
-class _Bottom:
+class Bottom:
     """The shared model: outputs of its blocks at given depths, kept for one shard, or computed when they are wanted."""
 
     def __init__(self, plan: ExtractionPlan, depths: Sequence[int], device: str):
@@ -187,14 +187,14 @@ class _Bottom:
                 self.states[rows, deepest] = capture(self.backbone.module, [self.prefixes[deepest]], inputs)[0]
         return self.states[rows, depth]
 
-    def fits(self, top: _Top) -> bool:
+    def fits(self, top: Top) -> bool:
         """Whether a model gives the same from the middle as in full, on the first batch; bitwise."""
         import torch
 
         rows = self.plan.shard_rows(self.plan.shards - 1)[-1]
         inputs = top.backbone.inputs(top.plan.batch(rows, device=self.device).inputs)
         try:
-            with _attached(self, top)(rows), torch.no_grad():
+            with attached(self, top)(rows), torch.no_grad():
                 got = top.backbone.module(**inputs)[0]
         except (TypeError, ValueError, AttributeError, IndexError, ModelError):
             return False  # it hands more than hidden states from block to block
@@ -202,7 +202,7 @@ class _Bottom:
             return bool(torch.equal(got, top.backbone.module(**inputs)[0]))
 
 
-class _Top:
+class Top:
     """A model that runs from the middle."""
 
     def __init__(self, plan: ExtractionPlan, depth: int, device: str):
@@ -211,7 +211,8 @@ class _Top:
         self.prefix = _frozen(self.backbone, plan.stack, depth)
 
 
-def _attached(bottom: _Bottom, top: _Top) -> Callable[[tuple[int, int]], AbstractContextManager[None]]:
+def attached(bottom: Bottom, top: Top) -> Callable[[tuple[int, int]], AbstractContextManager[None]]:
+    """For one batch, the shared blocks' outputs in place of the model's own blocks."""
     return lambda rows: replaced([top.prefix], [bottom.at(rows, top.depth)])
 
 

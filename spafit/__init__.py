@@ -19,6 +19,7 @@ _PUBLIC = {
     "StratifiedModel": "spafit.adapt",
     "fit": "spafit.training",
     "FitResult": "spafit.fit_result",
+    "Signal": "spafit.signals",
     "TrainSettings": "spafit.settings",
     "StrataConfig": "spafit.strata",
     "Stratum": "spafit.strata",

@@ -21,6 +21,7 @@ RUN_COLUMNS = (
     "total", "steps", "seconds", "peak_memory_bytes", "saved_bytes",
 )  # fmt: skip
 INTERPOLATION_COLUMNS = ("seed", "share", "split", "metric", "value")
+SIGNAL_COLUMNS = ("seed", "step", "epoch", "signal", "hidden", "value")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class FitResult:
         interpolation: scores between start (share 0) and trained weights (share 1), where asked for; columns
             :data:`INTERPOLATION_COLUMNS`. ``select`` is the held-out share of the training items: choose a share by
             that one, since the reported splits would otherwise be selected on.
+        signals: what was measured while training (:mod:`spafit.signals`), where asked for; columns
+            :data:`SIGNAL_COLUMNS`. ``hidden`` is missing for what belongs to no hidden state.
     """
 
     folder: Path
@@ -43,6 +46,7 @@ class FitResult:
     metrics: pd.DataFrame
     runs: pd.DataFrame
     interpolation: pd.DataFrame | None = None
+    signals: pd.DataFrame | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> FitResult:
@@ -55,16 +59,22 @@ class FitResult:
         if not (folder / "runs.parquet").is_file():
             raise DataError(f"{folder} holds no finished training (no runs.parquet). Run spafit train with this --out.")
         run = io.read_json(folder / "run.json")
-        swept = io.read_table(folder / "interpolation") if (folder / "interpolation.parquet").is_file() else None
-        return cls(folder, run, io.read_table(folder / "metrics"), io.read_table(folder / "runs"), swept)
+        return cls(
+            folder, run, io.read_table(folder / "metrics"), io.read_table(folder / "runs"),
+            table_if_there(folder / "interpolation"), table_if_there(folder / "signals"),
+        )  # fmt: skip
 
     def save(self, folder: str | Path) -> Path:
         """Write the tables and ``run.json`` (not the models) into ``folder``."""
         folder = Path(folder)
         io.write_table(folder / "metrics", self.metrics)
         io.write_table(folder / "runs", self.runs)
-        if self.interpolation is not None:
-            io.write_table(folder / "interpolation", self.interpolation)
+        for name, table in (("interpolation", self.interpolation), ("signals", self.signals)):
+            if table is not None:
+                io.write_table(folder / name, table)
+            else:  # of an earlier training in this folder
+                for extension in ("parquet", "csv"):
+                    (folder / f"{name}.{extension}").unlink(missing_ok=True)
         io.write_json(folder / "run.json", self.run)
         return folder
 
@@ -169,6 +179,11 @@ class FitResult:
 
     def _repr_html_(self) -> str:
         return str(self.to_pandas().round(4).to_html(index=False))
+
+
+def table_if_there(stem: Path) -> pd.DataFrame | None:
+    """A table that not every run has, or None."""
+    return io.read_table(stem) if stem.with_name(f"{stem.name}.parquet").is_file() else None
 
 
 def _metric(name: Hashable, names: Sequence[str]) -> str:

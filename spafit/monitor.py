@@ -71,6 +71,10 @@ class StepMonitor(TrainerCallback, ExportableState):
         """Count what comes before the first step: the prefix cache, and what remedies prepare."""
         self._seconds_before += seconds
 
+    def leave_out(self, seconds: float) -> None:
+        """Take off what was spent on something else while the clock ran."""
+        self._seconds_before -= seconds
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance, look at the memory, and have the last step logged."""
         if self._progress is not None:

@@ -18,8 +18,8 @@ import pandas as pd
 from spafit import io
 from spafit.data.sampling import hold_out
 from spafit.data.training import TrainData
-from spafit.errors import OutputError
-from spafit.fit_result import INTERPOLATION_COLUMNS, RUN_COLUMNS
+from spafit.errors import OutputError, UsageError
+from spafit.fit_result import INTERPOLATION_COLUMNS, RUN_COLUMNS, table_if_there
 from spafit.predictions import predict_logits, predicted, write_scores
 from spafit.processes import Processes
 from spafit.runtime import Progress, provenance, stderr_console
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from spafit.heads import HeadedModel
     from spafit.prefix import PrefixCache
     from spafit.retain import PricedRemedy
+    from spafit.signals import Signal
 
 #: Raised by one whenever the same inputs would give other numbers, so that older finished seeds are trained again.
 NUMBERS_VERSION = 3
@@ -49,6 +50,7 @@ class Job:
     settings: TrainSettings
     folder: Path
     remedies: tuple[PricedRemedy, ...]
+    signals: tuple[Signal, ...]
     name: str
     revision: str | None
     offline: bool
@@ -131,6 +133,12 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
             )
         if before["status"] == "complete":
             stderr_console(quiet=job.quiet).print(f"Seed {seed}: finished earlier, kept as it is")
+            had = {s["name"] for s in before.get("signals", ())}
+            if missing := [s.name for s in job.signals if s.name not in had]:
+                stderr_console(quiet=job.quiet).print(
+                    f"Seed {seed}: it finished without {' and '.join(missing)}, and a finished seed is not trained "
+                    "again to measure. Start over (--no-resume), or choose another --out, to have it"
+                )
             return _finished(folder, kept=True)
     reference = headed.reference
     if reference != "default" and Path(reference).expanduser().exists():
@@ -188,9 +196,8 @@ def _finished(folder: Path, *, kept: bool) -> dict[str, Any]:
         "run": io.read_json(folder / "run.json"),
         "rows": io.read_table(folder / "runs"),
         "metrics": io.read_table(folder / "metrics"),
-        "interpolation": io.read_table(folder / "interpolation")
-        if (folder / "interpolation.parquet").is_file()
-        else None,
+        "interpolation": table_if_there(folder / "interpolation"),
+        "signals": table_if_there(folder / "signals"),
         "kept": kept,
     }
 
@@ -251,6 +258,7 @@ def _write(
     if len(done["interpolation"]):
         io.write_table(folder / "interpolation", done["interpolation"])
     more = {"prefix_cache": done["prefix_cache"], "remedy_price": done["price"], "best_step": done["best_step"]}
+    more |= {"signals": done["signals"]}
     io.write_json(folder / "run.json", {**run, "status": "complete", **more})
     _remove_state(folder)
 
@@ -275,6 +283,7 @@ def _run(
     from spafit.retain import interpolate, prices, snapshot
     from spafit.retain.interpolation import check_line
     from spafit.runtime import seed_sequence, torch_seed
+    from spafit.signal_recorder import SignalRecorder
     from spafit.trainer import StratifiedTrainer, is_finished, last_checkpoint, training_arguments
 
     data, device = job.data, job.processes.device
@@ -321,14 +330,28 @@ def _run(
         for remedy in job.remedies:
             remedy.prepare(stratified, tokenizer, max_length=settings.max_length, device=device)
         monitor.add_setup(time.perf_counter() - begun)
+        if last is None and job.processes.first:
+            for old in folder.glob("signals.*"):
+                old.unlink()
+        recorder = SignalRecorder(
+            job.signals if job.processes.first else (), stratified.model, folder, seed=seed, resumed_from=last,
+            monitor=monitor, selects=len(select) > 0,
+        )  # fmt: skip
+        recorder.start()  # before a checkpoint is loaded
         if settings.checkpoint_activations:
             from spafit.activations import checkpoint_trained_blocks
 
             checkpoint_trained_blocks(stratified)
         trainer = StratifiedTrainer(
             stratified, settings, arguments, train=train, select=select, tokenizer=tokenizer, metrics=selection,
-            cache=cache, remedies=job.remedies, weights=weights, base=base, callbacks=[monitor],
+            cache=cache, remedies=job.remedies, weights=weights, base=base,
+            callbacks=[monitor, recorder],
         )  # fmt: skip
+        if job.signals and trainer.is_fsdp_enabled:
+            raise UsageError(
+                f"{job.signals[0].name} looks at the whole model, and FSDP gives each process a share of it. Use "
+                "several processes without FSDP (DDP), or leave the signal off."
+            )
         # Each process draws dropout of its own; the Trainer has just seeded them all alike.
         dropout = seed_sequence(seed, "dropout", job.processes.rank).generate_state(1, np.uint32)[0]
         torch.manual_seed(int(dropout))
@@ -347,6 +370,9 @@ def _run(
     logits: dict[str, np.ndarray] = {}
     state = trainer.state
     best = state.best_global_step or state.global_step
+    epochs = [float(e["epoch"]) for e in state.log_history if e["step"] == best and "epoch" in e]
+    recorder.finish(best, epochs[0] if epochs else float(state.epoch or 0), total=state.max_steps)
+    notes += recorder.notes()
     if len(select):
         notes.append(f"seed {seed}: step {best} of {state.global_step} kept, chosen on {len(select)} held-out items")
     if state.global_step < state.max_steps:
@@ -386,6 +412,7 @@ def _run(
         "metrics": pd.concat([monitor.table(state.log_history, seed=seed), final], ignore_index=True),
         "interpolation": pd.DataFrame(swept, columns=list(INTERPOLATION_COLUMNS)),
         "prefix_cache": None if cache is None else {"bytes": cache.bytes},
+        "signals": recorder.record(),
         "price": prices(job.remedies).to_dict("records") if job.remedies else [],
     }
 

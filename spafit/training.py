@@ -12,12 +12,13 @@ import pandas as pd
 from spafit import io
 from spafit.data.training import TrainData
 from spafit.errors import DataError, OutputError, UsageError, did_you_mean
-from spafit.fit_result import INTERPOLATION_COLUMNS, METRIC_COLUMNS, RUN_COLUMNS, FitResult
+from spafit.fit_result import INTERPOLATION_COLUMNS, METRIC_COLUMNS, RUN_COLUMNS, SIGNAL_COLUMNS, FitResult
 from spafit.metrics import METRICS
 from spafit.processes import joined
 from spafit.runtime import provenance
 from spafit.seed_run import Job, train_seed
 from spafit.settings import TrainSettings
+from spafit.signals import Signal
 from spafit.strata import StrataConfig
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def fit(
     seeds: Sequence[int] = (0,),
     out: str | Path,
     remedies: Sequence[PricedRemedy] = (),
+    signals: Sequence[Signal] = (),
     method: str | None = None,
     device: str = "auto",
     revision: str | None = None,
@@ -58,6 +60,9 @@ def fit(
         seeds: one run each.
         out: output folder.
         remedies: what holds on to knowledge while training; see :mod:`spafit.retain`.
+        signals: what is measured while training; see :class:`spafit.signals.Signal`. They change no weight: training
+            is the same to the bit with and without them, and a finished seed is not trained again for their sake. One
+            that finished without a signal has none, which is said on stderr; ``resume=False`` trains it anew.
         method: what tables call the plan; by default the preset's name or the plan's source, and the remedies.
         device: kind of torch device; ``auto`` takes the first of cuda, mps, cpu.
         revision: branch, tag or commit of a hub model.
@@ -76,13 +81,15 @@ def fit(
     if not seeds or len(set(seeds)) != len(seeds):
         raise UsageError(f"seeds must be different numbers, at least one; got {list(seeds)}.")
     settings.check_trackers()
+    if len({s.name for s in signals}) < len(signals):
+        raise UsageError(f"Two signals have one name: {', '.join(s.name for s in signals)}. Rename one.")
     plan_name = config if isinstance(config, str) else str(config.provenance.get("source", "own plan"))
     name = method or " + ".join([plan_name, *(r.name for r in remedies)])
     processes = joined(device)
     if processes.first:
         _check_writable(Path(out))
     job = Job(
-        model, config, data, settings, Path(out), tuple(remedies), name, revision,
+        model, config, data, settings, Path(out), tuple(remedies), tuple(signals), name, revision,
         offline, allow_pickle, resume, command or "spafit.fit", quiet or not processes.first, processes,
     )  # fmt: skip
     try:
@@ -152,7 +159,7 @@ def _is_written(folder: Path, done: Sequence[dict[str, Any]]) -> bool:
 
 def _result(job: Job, done: Sequence[dict[str, Any]]) -> FitResult:
     first = done[0]["run"]
-    swept = [d["interpolation"] for d in done if d["interpolation"] is not None]
+    swept, measured = ([d[k] for d in done if d[k] is not None] for k in ("interpolation", "signals"))
     return FitResult(
         job.folder,
         {
@@ -165,6 +172,7 @@ def _result(job: Job, done: Sequence[dict[str, Any]]) -> FitResult:
             "settings": first["settings"],
             "remedies": first["remedies"],
             "remedy_price": first["remedy_price"],
+            "signals": [{"seed": d["run"]["seed"], **s} for d in done for s in d["run"].get("signals", [])],
             "seeds": [d["run"]["seed"] for d in done],
             "keys": [d["run"]["key"] for d in done],
             "processes": job.processes.count,
@@ -179,6 +187,7 @@ def _result(job: Job, done: Sequence[dict[str, Any]]) -> FitResult:
         pd.concat([d["metrics"] for d in done], ignore_index=True)[list(METRIC_COLUMNS)],
         pd.concat([d["rows"] for d in done], ignore_index=True)[list(RUN_COLUMNS)],
         None if not swept else pd.concat(swept, ignore_index=True)[list(INTERPOLATION_COLUMNS)],
+        None if not measured else pd.concat(measured, ignore_index=True)[list(SIGNAL_COLUMNS)],
     )
 
 

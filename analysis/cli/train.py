@@ -12,6 +12,8 @@ import typer
 
 if TYPE_CHECKING:
     from spafit.data.training import TrainData
+    from spafit.fit_result import FitResult
+    from spafit.signals import Signal
 
 EXAMPLES = """
 Examples:
@@ -19,10 +21,11 @@ Examples:
 - `spafit train --task rte --data glue_data --strata spafit-scaled-I`
 - `spafit train --model bert-large-cased --task cola --data hub --strata spafit-4-9-II --seeds 3`
 - `spafit train --train mine.tsv --text sentence --label class --strata runs/all-MiniLM-L6-v2/strata.yaml`
+- `spafit train --task rte --data glue_data --watch core.tense,core.voice` shows what each layer forgets, step by step
 - `spafit train --model bert-large-cased --strata spafit-4-9-I --dry-run` prints what would train, without weights
 """
 
-_MODEL, _DATA, _PLAN, _LOOP, _OUT = "Model", "Data", "Plan", "Training", "Output"
+_MODEL, _DATA, _PLAN, _LOOP, _WATCH, _OUT = "Model", "Data", "Plan", "Training", "Watching", "Output"
 
 
 def _option(panel: str, *names: str, help: str, **more: Any) -> Any:
@@ -157,6 +160,27 @@ def train(
         str | None,
         _option(_PLAN, "--interpolate", help="Shares of the way from start to trained that are scored: 0,0.5,1."),
     ] = None,
+    watch: Annotated[
+        str | None,
+        _option(
+            _WATCH,
+            "--watch",
+            help="Probe these tasks while training, on about 300 items each, and draw what each hidden state forgets: "
+            "core.tense,core.voice. `spafit tasks` lists tasks. It changes no weight.",
+        ),
+    ] = None,
+    watch_every: Annotated[
+        int | None,
+        _option(_WATCH, "--watch-every", help="Steps between two looks, at least. Default: a fiftieth of the steps."),
+    ] = None,
+    watch_share: Annotated[
+        float,
+        _option(
+            _WATCH,
+            "--watch-share",
+            help="Seconds that watching may take, as a share of training; the interval is widened to keep it.",
+        ),
+    ] = 0.10,
     workers: Annotated[int, _option(_LOOP, "--workers", help="Processes that prepare batches.")] = 0,
     track: Annotated[
         list[str] | None, _option(_LOOP, "--track", help="tensorboard, trackio, wandb or mlflow; repeat for several.")
@@ -209,6 +233,12 @@ def train(
         interpolate=_shares(interpolate), track=tuple(track or ()),
     )  # fmt: skip
     plan = load_plan(strata)
+    if watch is None and (watch_every is not None or watch_share != 0.10):
+        raise UsageError("--watch-every and --watch-share say how --watch looks. Name tasks with --watch.")
+    signals = () if watch is None else (
+        _watched(watch, watch_every, watch_share, model=model, revision=revision, offline=offline,
+                 allow_pickle=allow_pickle),
+    )  # fmt: skip
     given = read_training_data(
         task, data, file, {"train": train_file, "validation": validation, "test": test}, text=text, text2=text2,
         label=label, regression=regression, header=not no_header, metrics=tuple(metric) if metric else None,
@@ -226,7 +256,7 @@ def train(
     try:
         result = fit(
             model, plan, data=given, settings=settings, seeds=tuple(range(seeds)), out=folder,
-            remedies=remedies, method=name, device=device, revision=revision,
+            remedies=remedies, signals=signals, method=name, device=device, revision=revision,
             offline=offline, allow_pickle=allow_pickle, resume=resume, command=_command(), quiet=quiet,
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -236,6 +266,7 @@ def train(
         raise typer.Exit(130) from None
     if os.environ.get("RANK", "0") != "0":  # of several processes, the first one speaks
         return
+    seen = [folder / "signals.csv", _draw_trajectory(result)] if signals and result.signals is not None else []
     if push_to_hub:
         from spafit.hub import push_folder
 
@@ -252,10 +283,29 @@ def train(
         typer.echo(f"{result.interpolation_to_markdown()}\n")
     for note in result.run["notes"]:
         typer.echo(f"Note:    {note}")
+    if signals and not seen:
+        typer.echo("Note:    nothing was watched: the run had finished before. Start over (--no-resume) to watch it.")
     typer.echo(
-        "Written:\n" + "\n".join(f"  {p}" for p in (folder / "results.md", folder / "learning_curve.png",
+        "Written:\n" + "\n".join(f"  {p}" for p in (folder / "results.md", folder / "learning_curve.png", *seen,
                                                      *(result.model_folder(s) for s in result.seeds)))
     )  # fmt: skip
+
+
+def _watched(tasks: str, every: int | None, share: float, *, model: str | None, **found: Any) -> Signal:
+    """The signal that --watch asks for."""
+    from analysis.trajectory import forgetting_signal
+    from probing.registry import split_references
+    from spafit.heads import tokenizer_of
+
+    return forgetting_signal(tokenizer_of(model, **found), split_references(tasks), every=every, share=share)
+
+
+def _draw_trajectory(result: FitResult) -> Path:
+    """Write the figure of what was forgotten into the run's folder."""
+    from analysis.trajectory import trajectory_figure
+    from spafit.plotting import save_figure
+
+    return save_figure(trajectory_figure(result), result.folder / "trajectory.png")
 
 
 def load_plan(strata: str) -> Any:
