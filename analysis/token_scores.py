@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -104,13 +105,13 @@ def score(
     Raises:
         NumericalError: a log-probability is not finite.
     """
-    rows = _causal_rows(texts) if language.kind == "causal" else _masked_rows(language, texts)
+    rows = unmasked_rows(language, texts) if language.kind == "causal" else _masked_rows(language, texts)
     readers = [_reader(m, texts) for m in (language, reference) if m is not None]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
     text: list[np.ndarray] = []
     log_p: list[np.ndarray] = []
     kl: list[np.ndarray] = []
-    for batch in _batches([len(rows[i].ids) for i in order]):
+    for batch in batches([len(rows[i].ids) for i in order]):
         chosen = [rows[order[i]] for i in batch]
         found, divergence = _score_batch(language, chosen, readers)
         text.append(np.concatenate([np.full(len(r.targets), r.text) for r in chosen]))
@@ -126,8 +127,16 @@ def score(
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One sequence of a forward pass: its ids, and the (position read, token asked for) pairs of one text."""
+class Row:
+    """One sequence of a forward pass: its ids, and the (position read, token asked for) pairs of one text.
+
+    Attributes:
+        text: which text it belongs to.
+        ids: token ids that go in.
+        places: positions that are read.
+        targets: tokens asked for there.
+        share: the part of its text that is finished with this row.
+    """
 
     text: int
     ids: Sequence[int]
@@ -136,11 +145,16 @@ class _Row:
     share: float
 
 
-def _causal_rows(texts: Sequence[Sequence[int]]) -> list[_Row]:
-    return [_Row(i, ids, range(len(ids) - 1), ids[1:], 1.0) for i, ids in enumerate(texts)]
+def unmasked_rows(language: LanguageModel, texts: Sequence[Sequence[int]]) -> list[Row]:
+    """Every text once, as it is: causal, each position but the last; masked, each token that is not special."""
+    if language.kind == "causal":
+        return [Row(i, ids, range(len(ids) - 1), ids[1:], 1.0) for i, ids in enumerate(texts)]
+    special = set(language.tokenizer.all_special_ids)
+    kept = [[k for k, token in enumerate(ids) if token not in special] for ids in texts]
+    return [Row(i, ids, at, [ids[k] for k in at], 1.0) for i, (ids, at) in enumerate(zip(texts, kept, strict=True))]
 
 
-def _masked_rows(language: LanguageModel, texts: Sequence[Sequence[int]]) -> list[_Row]:
+def _masked_rows(language: LanguageModel, texts: Sequence[Sequence[int]]) -> list[Row]:
     mask, special = language.tokenizer.mask_token_id, set(language.tokenizer.all_special_ids)
     if mask is None:
         raise DataError(f"The tokenizer of {language.name} has no mask token, which a masked language model needs.")
@@ -148,15 +162,15 @@ def _masked_rows(language: LanguageModel, texts: Sequence[Sequence[int]]) -> lis
     for i, ids in enumerate(texts):
         places = [k for k, token in enumerate(ids) if token not in special]
         for k in places:
-            rows.append(_Row(i, [*ids[:k], mask, *ids[k + 1 :]], [k], [ids[k]], 1 / len(places)))
+            rows.append(Row(i, [*ids[:k], mask, *ids[k + 1 :]], [k], [ids[k]], 1 / len(places)))
     return rows
 
 
-def _batches(lengths: Sequence[int]) -> Iterator[range]:
-    """Runs of rows, longest first, of at most :data:`BATCH_TOKENS` padded tokens."""
+def batches(lengths: Sequence[int], *, tokens: int = BATCH_TOKENS) -> Iterator[range]:
+    """Runs of rows, longest first, of at most ``tokens`` padded tokens, or of one row."""
     start = 0
     while start < len(lengths):
-        stop = min(len(lengths), start + max(1, BATCH_TOKENS // max(1, lengths[start])))
+        stop = min(len(lengths), start + max(1, tokens // max(1, lengths[start])))
         yield range(start, stop)
         start = stop
 
@@ -166,11 +180,11 @@ Reader = Callable[[dict[str, Any], "torch.Tensor"], Callable[[slice], "torch.Ten
 
 
 def _score_batch(
-    language: LanguageModel, rows: Sequence[_Row], readers: Sequence[Reader]
+    language: LanguageModel, rows: Sequence[Row], readers: Sequence[Reader]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     import torch
 
-    inputs, at, targets = _tensors(language, rows)
+    inputs, at, targets = batch_tensors(language, rows)
     size = max(1, LOGIT_VALUES // int(language.model.config.vocab_size))
     log_p, kl = [], []
     with torch.inference_mode():
@@ -181,11 +195,11 @@ def _score_batch(
             log_p.append(own.gather(1, targets[part, None])[:, 0].double().cpu())
             if len(logits) > 1:
                 other = torch.log_softmax(logits[1](part).float(), dim=-1)
-                kl.append((other.exp() * (other - own)).sum(1, dtype=torch.float64).cpu() / math.log(2))
+                kl.append(kl_bits(other, own))
     return torch.cat(log_p).numpy(), torch.cat(kl).numpy() if kl else None
 
 
-def _tensors(language: LanguageModel, rows: Sequence[_Row]) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+def batch_tensors(language: LanguageModel, rows: Sequence[Row]) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
     """Padded inputs of a batch, flat positions that are read, and the tokens asked for there."""
     import torch
 
@@ -201,35 +215,72 @@ def _tensors(language: LanguageModel, rows: Sequence[_Row]) -> tuple[dict[str, A
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, at.to(device), targets.to(device)
 
 
-def _reader(language: LanguageModel, texts: Sequence[Sequence[int]]) -> Reader:
-    """Logits where they are asked for: by running the head there alone, if that gives what the whole model gives."""
+def kl_bits(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p ‖ q) in bits from natural log-probabilities of shape (places, vocabulary); float64, on the CPU."""
     import torch
 
-    body = language.body
-    head = [m for m in language.model.children() if m is not body]
+    return (p.exp() * (p - q)).sum(1, dtype=torch.float64).cpu() / math.log(2)
 
-    def above(inputs: dict[str, Any], at: torch.Tensor) -> Callable[[slice], torch.Tensor]:
-        states = body(**inputs)[0].flatten(0, 1)[at]
 
-        def read(part: slice) -> torch.Tensor:
-            logits = states[None, part]
-            for module in head:
-                logits = module(logits)
-            return logits[0]
+def head_alone(
+    language: LanguageModel, texts: Sequence[Sequence[int]]
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The head as a function from last states (places, width) to logits, if that gives what the whole model gives.
 
-        return read
-
-    def whole(inputs: dict[str, Any], at: torch.Tensor) -> Callable[[slice], torch.Tensor]:
-        logits = language.model(**inputs).logits.flatten(0, 1)[at]
-        return lambda part: logits[part]
+    The model runs with a body that answers with the states given. It is tried on the beginning of a text; None where
+    the head takes more than the last states from its body.
+    """
+    import torch
+    from torch import nn
 
     trial = next(t for t in texts if len(t) > 1)[:16]
-    inputs, at, _ = _tensors(language, [_Row(0, trial, range(len(trial)), trial, 1.0)])
-    with torch.inference_mode():
-        expected = whole(inputs, at)(slice(None))
+    inputs, _, _ = batch_tensors(language, [Row(0, trial, range(len(trial)), trial, 1.0)])
+    device = inputs["input_ids"].device
+
+    class Given(nn.Module):
+        def __init__(self, output: type):
+            super().__init__()
+            self.output = output
+            self.states: Any = None
+
+        @property
+        def decoder(self) -> nn.Module:
+            """OPT and BART call the decoder in their body."""
+            return self
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.output(last_hidden_state=self.states)
+
+    def head(states: torch.Tensor) -> torch.Tensor:
+        given.states = states[None]
         try:
-            got = above(inputs, at)(slice(None))
+            return model(input_ids=torch.zeros((1, len(states)), dtype=torch.long, device=device)).logits[0]
+        finally:
+            given.states = None
+
+    with torch.inference_mode():
+        expected = language.model(**inputs).logits[0]
+        outputs = language.body(**inputs)
+        given = Given(type(outputs))
+        model = copy.copy(language.model)
+        model._modules = {**language.model._modules, language.model.base_model_prefix: given}
+        try:
+            got = head(outputs[0][0])
         except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError):
-            return whole  # heads of several branches, or with more inputs
-        same = got.shape == expected.shape and torch.allclose(got, expected, atol=1e-4, rtol=1e-4)
-    return above if same else whole
+            return None
+    same = got.shape == expected.shape and torch.allclose(got, expected, atol=1e-4, rtol=1e-4)
+    return head if same else None
+
+
+def _reader(language: LanguageModel, texts: Sequence[Sequence[int]]) -> Reader:
+    """Logits where they are asked for: by running the head there alone where that is possible."""
+    head = head_alone(language, texts)
+
+    def read(inputs: dict[str, Any], at: torch.Tensor) -> Callable[[slice], torch.Tensor]:
+        if head is None:
+            logits = language.model(**inputs).logits.flatten(0, 1)[at]
+            return lambda part: logits[part]
+        states = language.body(**inputs)[0].flatten(0, 1)[at]
+        return lambda part: head(states[part])
+
+    return read
