@@ -25,14 +25,14 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 class Recipe:
     """Everything that decides the model, beside the text."""
 
-    vocabulary: int = 4000
-    width: int = 192
+    vocabulary: int = 3000
+    width: int = 128
     blocks: int = 4
     heads: int = 4
     window: int = 64
-    batch: int = 16
+    batch: int = 12
     steps: int = 3000
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     masked: float = 0.2
     seed: int = 0
 
@@ -110,7 +110,9 @@ def pretrain(
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
+        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+        fused=True,
     )
     first, losses = 0, []
     if kept.exists():

@@ -26,7 +26,7 @@ ITEMS, PAIRS, TEST_CHARACTERS, REFIT_CHARACTERS = 800, 10, 12_000, 60_000
 
 def pretraining() -> ModuleType:
     """The script that makes the model."""
-    spec = importlib.util.spec_from_file_location("masked_lm_pretrain", HERE / "pretrain.py")
+    spec = importlib.util.spec_from_file_location("masked_lm_pretrain", Path(__file__).parent / "pretrain.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
