@@ -3,18 +3,18 @@
 Bits per token and perplexity on running text, KL to the model before training, and BLiMP by field. Take a tuned
 classifier's body under the original head with :func:`spafit.language_models.graft`: ``head="original"`` reads it as it
 is, ``head="refitted"`` after an affine map fitted on other text, so that a rotation of the last states does not count
-as a loss of ability.
+as a loss of ability. ``lens=True`` adds what each hidden state says of the next token (see :mod:`analysis.lens`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from analysis.affine import RIDGE, AffineFit
 from analysis.token_scores import ScoredTokens, encode_sentences, score, windows
 from spafit.errors import UsageError
 from spafit.runtime import Progress
@@ -23,11 +23,9 @@ from spafit.stats import BootstrapDraw, interval
 if TYPE_CHECKING:
     from spafit.language_models import LanguageModel
 
-COLUMNS = ("measure", "field", "paradigm", "head", "side", "value", "ci_low", "ci_high", "n", "reason")
+COLUMNS = ("measure", "field", "paradigm", "head", "side", "hidden", "value", "ci_low", "ci_high", "n", "reason")
 #: Tokens per window of running text.
 WINDOW = 256
-#: Ridge of the re-fitted head, as a share of the mean variance of the states.
-RIDGE = 1e-3
 _LN2 = math.log(2)
 
 
@@ -38,6 +36,7 @@ def retention_table(
     text: str | None = None,
     pairs: pd.DataFrame | None = None,
     refit_on: str | None = None,
+    lens: bool = False,
     window: int = WINDOW,
     n_boot: int = 1000,
     quiet: bool = True,
@@ -55,6 +54,8 @@ def retention_table(
         pairs: minimal pairs with the columns of :data:`spafit.data.blimp.COLUMNS`.
         refit_on: other running text; an affine map from the last states after to those before is fitted on it, in
             least squares, and everything after training is measured through it once more (``head = refitted``).
+        lens: measure every hidden state through affine maps of the model before training, fitted on ``refit_on``; needs
+            ``text``, too, and about two passes of the head per hidden state.
         window: tokens of a window.
         n_boot: bootstrap replicates: over windows, and over paradigms crossed with their pairs.
         quiet: no progress on stderr.
@@ -64,14 +65,22 @@ def retention_table(
         ``kl_bits`` (KL(before ‖ after) per token) or ``blimp_accuracy`` (ties count half); ``field`` and ``paradigm``
         are of BLiMP, ``all`` where everything is averaged; ``side`` is ``before``, ``after`` or ``difference`` (after
         minus before, paired); ``n`` counts tokens or pairs. The mean over a field gives every paradigm one vote.
+        ``hidden`` (nullable integer) is empty where a row speaks of the whole model. With ``lens``, ``head`` is
+        ``lens`` in rows of ``lens_kl_bits``, KL(lens before ‖ lens after) at a hidden state, and ``lens_error_bits``,
+        KL(prediction before ‖ lens before) there: how far the lens is from what the model says. ``lens_error_bits``
+        with an empty ``hidden`` is that of the head on a constant state: a lens near it sees nothing.
 
     Raises:
-        UsageError: neither ``text`` nor ``pairs``; tokenizers or kinds that differ.
+        UsageError: neither ``text`` nor ``pairs``; ``lens`` without ``text`` and ``refit_on``; ``refit_on`` with fewer
+            tokens than twice the width; tokenizers or kinds that differ.
+        ModelError: ``lens``, and a head or stack that it cannot read.
     """
     from spafit.digests import tokenizer_digest
 
     if text is None and pairs is None:
         raise UsageError("Give running text, minimal pairs, or both.")
+    if lens and (text is None or refit_on is None):
+        raise UsageError("A lens is fitted on refit_on and read on text; give both.")
     if before.kind != after.kind or tokenizer_digest(before.tokenizer) != tokenizer_digest(after.tokenizer):
         raise UsageError(
             f"{before.name} and {after.name} differ in kind or tokenizer, so probabilities of tokens do not stand "
@@ -85,7 +94,9 @@ def retention_table(
         rows += _on_text(before, heads, text, window=window, n_boot=n_boot, quiet=quiet)
     if pairs is not None:
         rows += _on_pairs(before, heads, pairs, n_boot=n_boot, quiet=quiet)
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    if lens and text is not None and refit_on is not None:
+        rows += _through_lens(before, after, text, refit_on, window=window, n_boot=n_boot, quiet=quiet)
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"hidden": "Int64"})
 
 
 def refit_head(
@@ -103,32 +114,15 @@ def refit_head(
 
     from spafit.language_models import with_state_map
 
-    texts = windows(before, text, length=window)
-    x, y = (_last_states(m, texts) for m in (after, before))
-    if len(x) < 2 * x.shape[1]:
-        raise UsageError(
-            f"Re-fitting a head of width {x.shape[1]} needs at least {2 * x.shape[1]} tokens; the text has {len(x)}."
-        )
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    x, y = x - mean_x, y - mean_y
-    gram = x.T @ x
-    penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    weight = torch.linalg.solve(gram + penalty, x.T @ y)
-    bias = mean_y - mean_x @ weight
+    fit = AffineFit()
+    with torch.inference_mode():
+        for ids in windows(before, text, length=window):
+            inputs = {"input_ids": torch.as_tensor([ids])}
+            fit.add(*(m.body(**inputs)[0][0] for m in (after, before)))
+    fit.check("Re-fitting a head")
+    weight, bias = fit.solve(ridge)
     dtype = next(after.model.parameters()).dtype
     return with_state_map(after, weight.to(dtype), bias.to(dtype))
-
-
-def _last_states(language: LanguageModel, texts: Sequence[Sequence[int]]) -> Any:
-    """Last states of every token, float64, shape (tokens, width)."""
-    import torch
-
-    body = language.body
-    found = []
-    with torch.inference_mode():
-        for ids in texts:
-            found.append(body(input_ids=torch.as_tensor([list(ids)]))[0][0].double())
-    return torch.cat(found)
 
 
 def _on_text(
@@ -167,6 +161,28 @@ def _text_rows(
     change = 2.0 ** point[1] - 2.0 ** point[0]
     rows.append(_row("perplexity", head, "difference", change, ends[0], ends[1], len(old.log_p)))
     rows.append(_row("kl_bits", head, "difference", point[3], low[3], high[3], len(old.log_p)))
+    return rows
+
+
+def _through_lens(
+    before: LanguageModel, after: LanguageModel, text: str, fit_on: str, *, window: int, n_boot: int, quiet: bool
+) -> list[dict[str, Any]]:
+    from analysis.lens import fit_lens, lens_scores
+
+    texts = windows(before, text, length=window)
+    with Progress("Hidden states through a lens", len(texts), quiet=quiet) as progress:
+        lens = fit_lens(before, windows(before, fit_on, length=window))
+        found = lens_scores(before, after, lens, texts, progress=progress.advance)
+    draw = BootstrapDraw.make(found.text, n_seeds=1, n_boot=n_boot, seed=0)
+    rows = []
+    for measure, side, values in (
+        ("lens_kl_bits", "difference", found.kl),
+        ("lens_error_bits", "before", np.vstack([found.error, found.constant])),
+    ):
+        low, high = interval(draw.means(values[None]))
+        for k, value in enumerate(values.mean(axis=1)):
+            hidden = k if k < len(found.kl) else None
+            rows.append(_row(measure, "lens", side, value, low[k], high[k], len(found.text), hidden=hidden))
     return rows
 
 
@@ -243,8 +259,8 @@ def _replicates(paradigms: np.ndarray, n_boot: int) -> Any:
 
 
 def _row(
-    measure: str, head: str, side: str, value: float, low: float,
-    high: float, n: int, field: str = "all", paradigm: str = "all",
+    measure: str, head: str, side: str, value: float, low: float, high: float, n: int,
+    field: str = "all", paradigm: str = "all", *, hidden: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    numbers = (float(value), float(low), float(high), n, "")
+    numbers = (hidden, float(value), float(low), float(high), n, "")
     return dict(zip(COLUMNS, (measure, field, paradigm, head, side, *numbers), strict=True))

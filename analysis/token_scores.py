@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.token_trees import TokenTree, one_text, pack, visible
+from analysis.language_heads import head_alone, kl_bits
+from analysis.token_rows import Questions, Row, batch_tensors, batches, causal_rows, masked_rows, tree_row
+from analysis.token_trees import one_text, pack
 from spafit.errors import DataError, NumericalError
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 #: Values of logits that are held at a time, at most.
 LOGIT_VALUES = 2**25
-#: Padded tokens per forward pass.
-BATCH_TOKENS = 2048
 #: Tokens of a row that several texts share.
 ROW_TOKENS = 128
 
@@ -118,16 +116,16 @@ def score(
         # a mask of one's own overrides a model's narrow window, so longer texts stay by themselves
         size = min(ROW_TOKENS, *(getattr(m.model.config, "sliding_window", None) or ROW_TOKENS for m in models))
         size = size if all(takes_trees for _, takes_trees in found) else 0
-        rows = _causal_rows(texts, size=size)
+        rows = causal_rows(texts, size=size)
     else:
         found = [_reader(m, texts, trees=False) for m in models]
-        rows, size = _masked_rows(language, texts), 0
+        rows, size = masked_rows(language, texts), 0
     readers = [read for read, _ in found]
     rows = sorted(rows, key=lambda row: -len(row.ids))
     text: list[np.ndarray] = []
     log_p: list[np.ndarray] = []
     kl: list[np.ndarray] = []
-    for batch in _batches([len(r.ids) for r in rows], apart=size):
+    for batch in batches([len(r.ids) for r in rows], apart=size):
         chosen = rows[batch.start : batch.stop]
         own, divergence = _score_batch(language, chosen, readers)
         text.append(np.concatenate([r.text for r in chosen]))
@@ -144,107 +142,17 @@ def score(
     return scored
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One sequence of a forward pass, and what is asked for there.
-
-    Attributes:
-        ids: its tokens.
-        parents: the token that each follows, where the row is a tree (:class:`analysis.token_trees.TokenTree`);
-            otherwise None.
-        places: where the model's prediction is read.
-        asked: for each token asked for, which of ``places`` predicts it, shape (questions,).
-        targets: these tokens, shape (questions,).
-        text: the text of each token in the result, shape (tokens,).
-        answers: which question gives it, shape (tokens,): texts that share a token share the question.
-        share: texts finished with this row.
-    """
-
-    ids: Sequence[int]
-    parents: Sequence[int] | None
-    places: np.ndarray
-    asked: np.ndarray
-    targets: np.ndarray
-    text: np.ndarray
-    answers: np.ndarray
-    share: float
-
-
-@dataclass(frozen=True)
-class _Questions:
-    """What is asked for in a batch: the rows' fields joined, with numbers that run on from row to row."""
-
-    asked: np.ndarray
-    targets: np.ndarray
-    answers: np.ndarray
-    text: np.ndarray
-
-    @classmethod
-    def of(cls, rows: Sequence[_Row]) -> _Questions:
-        places = accumulate((len(r.places) for r in rows), initial=0)
-        questions = accumulate((len(r.targets) for r in rows), initial=0)
-        return cls(
-            np.concatenate([r.asked + n for r, n in zip(rows, places, strict=False)]),
-            np.concatenate([r.targets for r in rows]),
-            np.concatenate([r.answers + n for r, n in zip(rows, questions, strict=False)]),
-            np.concatenate([r.text for r in rows]),
-        )
-
-
-def _causal_rows(texts: Sequence[Sequence[int]], *, size: int) -> list[_Row]:
-    trees = pack(texts, size=size) if size else (one_text(i, ids) for i, ids in enumerate(texts))
-    return [_tree_row(tree) for tree in trees]
-
-
-def _tree_row(tree: TokenTree) -> _Row:
-    parents = np.asarray(tree.parents, dtype=np.int64)
-    children = np.flatnonzero(parents >= 0)
-    places, asked = np.unique(parents[children], return_inverse=True)
-    question = np.zeros(len(parents), dtype=np.int64)
-    question[children] = np.arange(len(children))
-    return _Row(
-        ids=tree.ids, parents=tree.parents if len(tree.paths) > 1 else None, places=places, asked=asked,
-        targets=np.asarray(tree.ids, dtype=np.int64)[children],
-        text=np.concatenate([np.full(max(0, len(path) - 1), i) for i, path in tree.paths]),
-        answers=np.concatenate([question[list(path[1:])] for _, path in tree.paths]),
-        share=float(len(tree.paths)),
-    )  # fmt: skip
-
-
-def _masked_rows(language: LanguageModel, texts: Sequence[Sequence[int]]) -> list[_Row]:
-    mask, special = language.tokenizer.mask_token_id, set(language.tokenizer.all_special_ids)
-    if mask is None:
-        raise DataError(f"The tokenizer of {language.name} has no mask token, which a masked language model needs.")
-    rows, zero = [], np.zeros(1, dtype=np.int64)
-    for i, ids in enumerate(texts):
-        places = [k for k, token in enumerate(ids) if token not in special]
-        for k in places:
-            masked = [*ids[:k], mask, *ids[k + 1 :]]
-            asked = (np.array([k]), zero, np.array([ids[k]]), np.array([i]), zero)
-            rows.append(_Row(masked, None, *asked, 1 / len(places)))
-    return rows
-
-
-def _batches(lengths: Sequence[int], *, apart: int) -> Iterator[range]:
-    """Runs of at most :data:`BATCH_TOKENS` padded tokens, longest rows first; rows above ``apart`` run on their own."""
-    start, long = 0, sum(n > apart for n in lengths)
-    while start < len(lengths):
-        stop = min(long if start < long else len(lengths), start + max(1, BATCH_TOKENS // max(1, lengths[start])))
-        yield range(start, stop)
-        start = stop
-
-
 #: From a batch's inputs and flat positions to logits at a part of these positions.
 Reader = Callable[[dict[str, Any], "torch.Tensor"], Callable[[slice], "torch.Tensor"]]
 
 
 def _score_batch(
-    language: LanguageModel, rows: Sequence[_Row], readers: Sequence[Reader]
+    language: LanguageModel, rows: Sequence[Row], readers: Sequence[Reader]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     import torch
 
-    inputs, at = _tensors(language, rows)
-    asks = _Questions.of(rows)
+    inputs, at = batch_tensors(language, rows)
+    asks = Questions.of(rows)
     asked, targets = asks.asked, asks.targets
     order = np.argsort(asked, kind="stable")
     log_p, kl = np.empty(len(asked)), np.empty(len(at)) if len(readers) > 1 else None
@@ -259,34 +167,8 @@ def _score_batch(
             log_p[here] = own[tuple(chosen)].double().cpu().numpy()
             if kl is not None:
                 other = torch.log_softmax(logits[1](part).float(), dim=-1)
-                divergence = (other.exp() * (other - own)).sum(1, dtype=torch.float64).cpu() / math.log(2)
-                kl[part] = divergence.numpy()
+                kl[part] = kl_bits(other, own).numpy()
     return log_p[asks.answers], kl[asked[asks.answers]] if kl is not None else None
-
-
-def _tensors(language: LanguageModel, rows: Sequence[_Row]) -> tuple[dict[str, Any], torch.Tensor]:
-    """Padded inputs of a batch, and the flat positions that are read."""
-    import torch
-
-    like = next(language.model.parameters())
-    width, pad = max(len(r.ids) for r in rows), language.tokenizer.pad_token_id or 0
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = torch.as_tensor(list(row.ids))
-        mask[i, : len(row.ids)] = 1
-    at = torch.as_tensor(np.concatenate([i * width + r.places for i, r in enumerate(rows)]), device=like.device)
-    if all(r.parents is None for r in rows):
-        return {"input_ids": ids.to(like.device), "attention_mask": mask.to(like.device)}, at
-    sees = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself
-    positions = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        n = len(row.ids)
-        own, position = visible(range(-1, n - 1) if row.parents is None else row.parents)
-        sees[i, :n, :n], positions[i, :n] = torch.as_tensor(own), torch.as_tensor(position)
-    hidden = torch.zeros(sees.shape, dtype=like.dtype).masked_fill_(~sees, torch.finfo(like.dtype).min)
-    inputs = {"input_ids": ids, "attention_mask": hidden[:, None], "position_ids": positions}
-    return {name: value.to(like.device) for name, value in inputs.items()}, at
 
 
 def _reader(language: LanguageModel, texts: Sequence[Sequence[int]], *, trees: bool) -> tuple[Reader, bool]:
@@ -296,19 +178,12 @@ def _reader(language: LanguageModel, texts: Sequence[Sequence[int]], *, trees: b
     """
     import torch
 
-    body = language.body
-    head = [m for m in language.model.children() if m is not body]
+    body, head = language.body, head_alone(language, texts)
 
     def above(inputs: dict[str, Any], at: torch.Tensor) -> Callable[[slice], torch.Tensor]:
         states = body(**inputs)[0].flatten(0, 1)[at]
-
-        def read(part: slice) -> torch.Tensor:
-            logits = states[None, part]
-            for module in head:
-                logits = module(logits)
-            return logits[0]
-
-        return read
+        assert head is not None
+        return lambda part: head(states[part])
 
     def whole(inputs: dict[str, Any], at: torch.Tensor) -> Callable[[slice], torch.Tensor]:
         logits = language.model(**inputs).logits.flatten(0, 1)[at]
@@ -316,21 +191,21 @@ def _reader(language: LanguageModel, texts: Sequence[Sequence[int]], *, trees: b
 
     trial = list(next(t for t in texts if len(t) > 1)[:16])
     pair = [trial, trial[: (len(trial) + 1) // 2] + trial[::-1]]
-    apart = [_tree_row(one_text(i, ids)) for i, ids in enumerate(pair)]
-    together = [_tree_row(tree) for tree in pack(pair, size=3 * len(trial))] if trees else apart
+    apart = [tree_row(one_text(i, ids)) for i, ids in enumerate(pair)]
+    together = [tree_row(tree) for tree in pack(pair, size=3 * len(trial))] if trees else apart
 
-    def logits(read: Reader, rows: Sequence[_Row]) -> torch.Tensor:
-        asks = _Questions.of(rows)
+    def logits(read: Reader, rows: Sequence[Row]) -> torch.Tensor:
+        asks = Questions.of(rows)
         by_text = np.argsort(asks.text, kind="stable")
-        return read(*_tensors(language, rows))(slice(None))[asks.asked[asks.answers][by_text]]
+        return read(*batch_tensors(language, rows))(slice(None))[asks.asked[asks.answers][by_text]]
 
     with torch.inference_mode():
         expected = logits(whole, apart)
-        for read, rows in ((above, together), (above, apart), (whole, together)):
+        for read, rows in ((above, together), (above, apart), (whole, together))[0 if head is not None else 2 :]:
             try:
                 got = logits(read, rows)
             except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError):
-                continue  # heads of several branches, or with more inputs; no such masks or positions
+                continue  # no such masks or positions
             if got.shape == expected.shape and torch.allclose(got, expected, atol=1e-4, rtol=1e-4):
                 return read, trees and rows is together
     return whole, False

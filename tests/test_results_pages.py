@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import shutil
 from pathlib import Path
 from types import ModuleType
 
 import pandas as pd
 import pytest
+import torch
 
+from analysis.retention import retention_table
+from spafit.language_models import graft
 from tests.paths import ROOT
+from tests.test_lens import FIT, HELD_OUT
+from tests.test_retention import language
 
-SCRIPT = ROOT / "docs" / "results" / "glue_minilm" / "run.py"
-pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="runs in a checkout, not beside a wheel")
+RESULTS = ROOT / "docs" / "results"
+pytestmark = pytest.mark.skipif(not RESULTS.is_dir(), reason="runs in a checkout, not beside a wheel")
 
 
-@pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, writing into a folder of the test's own."""
-    spec = importlib.util.spec_from_file_location("glue_minilm_run", SCRIPT)
+def load(study: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script of a study, writing into ``folder``."""
+    spec = importlib.util.spec_from_file_location(f"{study}_run", RESULTS / study / "run.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(module, "HERE", folder)
     return module
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script of the GLUE study, writing into a folder of the test's own."""
+    return load("glue_minilm", tmp_path, monkeypatch)
 
 
 def page(script: ModuleType, changes: dict[tuple[float, int], dict[str, float]]) -> str:
@@ -58,3 +70,55 @@ def test_a_rate_without_held_out_scores_is_not_chosen(script: ModuleType) -> Non
     assert "| lora | 0.600 ± 0.000 |" in text
     assert "| 0.0005 |" in text
     assert "count as 0: 3 of 3 held-out scores of cola, lora, learning rate 0.002." in text
+
+
+@pytest.fixture
+def retained() -> pd.DataFrame:
+    """What a tiny masked model whose second block changed keeps, measured."""
+    own = language("bert")
+    body = copy.deepcopy(own.body)
+    with torch.no_grad():
+        for name, parameter in body.named_parameters():
+            if name.startswith("encoder.layer.1."):
+                parameter.mul_(1.3)
+    pairs = pd.DataFrame({"field": "syntax", "paradigm": ["x", "x", "y"], "good": ["the cat", "a dog", "dogs ran"],
+                          "bad": ["cat the", "dog a", "ran dogs"]})  # fmt: skip
+    return retention_table(
+        own, graft(own, body), text=HELD_OUT[:150], pairs=pairs, refit_on=FIT, lens=True, window=20, n_boot=50
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("learnt", [True, False])
+def test_the_page_of_the_masked_model_says_whether_it_learnt_a_language(
+    retained: pd.DataFrame, learnt: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = load("masked_lm", tmp_path, monkeypatch)
+    rows = retained.assign(method="full")
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    pd.DataFrame({"method": ["full"], "metric": "accuracy", "value": 0.625, "trainable": 12345}).to_csv(
+        tmp_path / "training.csv", index=False
+    )
+    control = pd.DataFrame({"model": ["trained", "untrained", "token frequencies"]})
+    control["bits_per_token"] = [8.0 if learnt else 9.5, 12.0, 9.25]
+    control.assign(ci_low=1.0, ci_high=2.0, tokens=9, blimp_accuracy=[0.6, 0.5, None]).to_csv(
+        tmp_path / "control.csv", index=False
+    )
+    script.write_page()
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert ("needs 1.25 bits per token less" in text) == learnt
+    assert ("what follows says nothing" in text) != learnt
+    assert "| token frequencies | 9.250 [1.000 2.000] | – |" in text
+    assert "| full | 0.625 | 12,345 | original |" in text
+    kl = rows[rows["measure"] == "lens_kl_bits"].set_index("hidden")["value"]
+    assert f"| change, full | 0 | 0 | {kl[2]:.3f} | {kl[3]:.3f} |" in text
+    assert (tmp_path / "lens.png").stat().st_size > 10_000
+
+
+def test_the_committed_page_of_the_masked_model_is_made_of_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("control.csv", "rows.csv", "training.csv"):
+        shutil.copy(RESULTS / "masked_lm" / name, tmp_path / name)
+    load("masked_lm", tmp_path, monkeypatch).write_page()
+    committed, made = (f / "README.md" for f in (RESULTS / "masked_lm", tmp_path))
+    assert made.read_text(encoding="utf-8") == committed.read_text(encoding="utf-8")
