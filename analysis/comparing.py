@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,18 +14,16 @@ import pandas as pd
 from analysis.comparison import KEYS, Comparison
 from analysis.forgetting import COLUMNS, forgetting_table
 from analysis.readings import Side, TaskReadings, read_task
+from analysis.sides import first_side, is_pair, later_side, named_reference, run_folder, side_labels
 from probing.config import ProbeConfig, seed_numbers
-from probing.planning import extraction_options, plan_probing, timed
+from probing.planning import extraction_options, timed
 from probing.results import ProbeResults
 from probing.running import run_plan
-from probing.shared_prefix import extract_sharing, unchanged_hidden
+from probing.shared_prefix import extract_sharing
 from probing.tasks.base import Task
 from spafit import io
-from spafit.errors import DataError, SpafitError, UsageError
+from spafit.errors import DataError, UsageError
 from spafit.runtime import Progress, provenance
-
-if TYPE_CHECKING:
-    from spafit.models import LoadedModel
 
 #: Sentences that drift is measured on, at most.
 DRIFT_SENTENCES = 2000
@@ -102,10 +100,10 @@ def compare(
     """
     started, seconds = time.time(), dict[str, float]()
     folder = Path(out)
-    references = list(after) if isinstance(after, list | tuple) and not _is_pair(after) else [after]
+    references = list(after) if isinstance(after, list | tuple) and not is_pair(after) else [after]
     if not references:
         raise UsageError("Give at least one model after training.")
-    names = _labels(references, labels)
+    names = side_labels(references, labels)
     measure = _retention_reader(before, text, blimp, blimp_pairs, refit_on, offline=offline, allow_pickle=allow_pickle)
     config = ProbeConfig(
         model=None, tasks=tuple(t if isinstance(t, str) else t.name for t in tasks), stack=stack,
@@ -114,8 +112,8 @@ def compare(
         cache_dir=None if cache_dir is None else str(cache_dir), out=str(folder / "before"),
     )  # fmt: skip
     given = [t for t in tasks if isinstance(t, Task)]
-    first = _first_side(before, config, given, seconds)
-    sides = {name: _later_side(ref, name, first, folder, seconds) for name, ref in zip(names, references, strict=True)}
+    first = first_side(before, config, given)
+    sides = {name: later_side(ref, name, first, folder, seconds) for name, ref in zip(names, references, strict=True)}
     _extract(first, sides, quiet=quiet, seconds=seconds)
     with timed(seconds, "probe before"):
         first = replace(first, results=_results(first, quiet=quiet))
@@ -161,140 +159,6 @@ def compare(
     )  # fmt: skip
     found.save(folder)
     return found
-
-
-# ---------------------------------------------------------------- the models
-
-
-def _is_pair(value: Any) -> bool:
-    from torch import nn
-
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], nn.Module)
-
-
-def _labels(references: Sequence[Any], given: Sequence[str] | None) -> list[str]:
-    if given is not None:
-        if len(given) != len(references) or len(set(given)) < len(given) or not all(given):
-            raise UsageError(f"labels must be {len(references)} different names; got {list(given)}.")
-        return [g.replace("/", "-") for g in given]
-    names = []
-    for i, reference in enumerate(references):
-        path = Path(reference) if isinstance(reference, str | Path) else None
-        parts = [] if path is None else [p for p in path.parts if p != "model" and not p.startswith("seed-")]
-        names.append(parts[-1] if parts else f"after-{i + 1}")
-    return [n if names.count(n) == 1 else f"{n}-{i + 1}" for i, n in enumerate(names)]
-
-
-def _run_folder(reference: Any) -> Path | None:
-    """The folder of a probing run, if that is what the reference is."""
-    path = Path(reference) if isinstance(reference, str | Path) else None
-    return path if path is not None and (path / "scores.parquet").is_file() else None
-
-
-def _checked(reference: Any) -> Any:
-    """The reference; a folder of training results is answered with what to give instead."""
-    path = Path(reference) if isinstance(reference, str | Path) else None
-    if path is not None and not (path / "config.json").exists():
-        model = next(iter(sorted(path.glob("seed-*/model"))), None)
-        if model is not None:
-            raise UsageError(f"{path} is a folder of training results. Give one seed's model, such as {model}.")
-    return reference
-
-
-def _first_side(reference: Any, config: ProbeConfig, given: Sequence[Task], seconds: dict[str, float]) -> Side:
-    folder = _run_folder(reference)
-    if folder is not None:
-        return _from_run(folder, "before", seconds)
-    plan = plan_probing(
-        replace(config, model=_said(reference)), model=_checked(reference), given=given,
-        only_given=bool(given) and set(config.tasks) == {t.name for t in given},
-    )  # fmt: skip
-    return Side(plan.loaded.name, plan, None, plan.out, unchanged=0, why="")
-
-
-def _said(reference: Any) -> str | None:
-    return str(reference) if isinstance(reference, str | Path) else None
-
-
-def _from_run(folder: Path, name: str, seconds: dict[str, float]) -> Side:
-    """A finished probing run, with its model where that can be loaded with the same weights."""
-    results = ProbeResults.load(folder)
-    content = {k: v for k, v in results.run["config"].items() if v is not None}
-    config = replace(ProbeConfig.from_dict(content, where=str(folder)), out=str(folder), overwrite="missing")
-    try:
-        plan = plan_probing(config)
-    except SpafitError as error:
-        return Side(
-            name, None, results, folder, unchanged=0, why=f"{folder}: its model or tasks cannot be had ({error})"
-        )
-    recorded = results.run["model"]
-    if (plan.loaded.weights_digest, plan.loaded.adapter_digest) != (
-        recorded["weights_digest"], recorded["adapter_digest"],
-    ):  # fmt: skip
-        return Side(name, None, results, folder, unchanged=0, why=f"{folder}: its model has other weights now")
-    return Side(plan.loaded.name if name == "before" else name, plan, None, folder, unchanged=0, why="")
-
-
-def _later_side(reference: Any, name: str, first: Side, folder: Path, seconds: dict[str, float]) -> Side:
-    run = _run_folder(reference)
-    if run is not None:
-        side = _from_run(run, name, seconds)
-        if side.plan is None or first.plan is None:
-            return side
-        loaded = side.plan.loaded
-        return replace(
-            side, unchanged=_unchanged(first.plan.loaded, loaded, side.plan.config.stack), **_fit(first, loaded)
-        )
-    if first.plan is None:
-        raise UsageError(
-            f"{first.why}. Give run folders for the models after training, too, or a model before training that can be "
-            "loaded."
-        )
-    from spafit.models import LoadedModel, load_model
-
-    base = first.plan.config
-    with timed(seconds, "load models"):
-        loaded = (
-            reference if isinstance(reference, LoadedModel)
-            else load_model(_checked(reference), offline=base.offline, allow_pickle=base.allow_pickle)
-        )  # fmt: skip
-    unchanged = _unchanged(first.plan.loaded, loaded, base.stack)
-    same = unchanged > first.plan.stack.num_blocks
-    fit = _fit(first, loaded)
-    if same:
-        return Side(name, None, None, None, unchanged=unchanged, why="", **fit)
-    out = folder / "after" / name
-    config = replace(
-        base, model=_said(reference), revision=None, controls=tuple(c for c in base.controls if c == "word-type"),
-        layers="all" if not fit["comparable"] else f"{unchanged}-{first.plan.stack.num_blocks}",
-        tasks=tuple(t.name for t in first.plan.tasks), out=str(out),
-    )  # fmt: skip
-    plan = plan_probing(config, model=loaded, given=first.plan.tasks, only_given=True)
-    return Side(name, plan, None, out, unchanged=unchanged if fit["comparable"] else 0, why="", **fit)
-
-
-def _unchanged(before: LoadedModel, after: LoadedModel, stack: str | None) -> int:
-    return unchanged_hidden(before, after, stack=stack) if before.tokenizer_digest == after.tokenizer_digest else 0
-
-
-def _fit(first: Side, loaded: LoadedModel) -> dict[str, Any]:
-    """Whether hidden states of one model stand beside those of the other, and what cannot be compared."""
-    from probing.forward import pick_stack
-
-    assert first.plan is not None
-    old, new = first.plan.stack, pick_stack(loaded, first.plan.config.stack)
-    if new.num_blocks != old.num_blocks:
-        raise UsageError(
-            f"{loaded.name} has {new.num_blocks} blocks and {first.plan.loaded.name} has {old.num_blocks}: no hidden "
-            "state of one stands for one of the other. Compare checkpoints of one architecture; curves of different "
-            "models over relative depth come from spafit-probe --model A --model B."
-        )
-    missing = ""
-    if new.width != old.width:
-        missing = f"the widths differ ({old.width} and {new.width}), so probes do not transfer; only lost is given. "
-    elif loaded.tokenizer_digest != first.plan.loaded.tokenizer_digest:
-        missing = "the tokenizers differ, so that part of a change may be other tokens. "
-    return {"comparable": new.width == old.width, "missing": missing}
 
 
 # ---------------------------------------------------------------- states and probes
@@ -435,8 +299,8 @@ def _retention_reader(
     from spafit.data.text import read_text
     from spafit.language_models import graft, load_language_model
 
-    run = _run_folder(before)
-    reference = ProbeResults.load(run).run["config"]["model"] if run is not None else _said(before)
+    run = run_folder(before)
+    reference = ProbeResults.load(run).run["config"]["model"] if run is not None else named_reference(before)
     if reference is None:
         raise UsageError(
             "Retention needs the model before training by its name or folder, so that its language-model head can be "
