@@ -6,15 +6,24 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.comparison import KEYS, Comparison
+from analysis.comparison import KEYS, Comparison, trained_tasks, with_sequence
 from analysis.forgetting import COLUMNS, forgetting_table
+from analysis.language_side import read_language_side
 from analysis.readings import Side, TaskReadings, read_task
-from analysis.sides import first_side, is_pair, later_side, named_reference, run_folder, side_labels
+from analysis.sides import first_side, is_pair, later_side, side_labels
+from analysis.task_measures import (
+    TASK_TABLES,
+    TaskFindings,
+    TaskOptions,
+    check_classifiers,
+    check_erased,
+    measure_tasks,
+)  # fmt: skip
 from probing.config import ProbeConfig, seed_numbers
 from probing.planning import extraction_options, timed
 from probing.results import ProbeResults
@@ -24,6 +33,9 @@ from probing.tasks.base import Task
 from spafit import io
 from spafit.errors import DataError, UsageError
 from spafit.runtime import Progress, provenance
+
+if TYPE_CHECKING:
+    from spafit.data.training import TrainData
 
 #: Sentences that drift is measured on, at most.
 DRIFT_SENTENCES = 2000
@@ -47,6 +59,12 @@ def compare(
     blimp: str | Path | None = None,
     blimp_pairs: int | None = 100,
     refit_on: str | Path | None = None,
+    data: TrainData | None = None,
+    cause_items: int = 200,
+    use_items: int = 24,
+    erase: Sequence[str] = (),
+    shapley: int | None = None,
+    sequence: Sequence[str] | None = None,
     device: str = "auto",
     dtype: str = "float32",
     cache_dir: str | Path | None = None,
@@ -86,6 +104,15 @@ def compare(
         blimp: folder of BLiMP's files.
         blimp_pairs: pairs of each paradigm; None takes all.
         refit_on: file of other running text, on which the head is re-fitted, too.
+        data: labelled items of the classification task that the models after were trained on
+            (:func:`spafit.data.training.glue_data`, :func:`~spafit.data.training.table_data`): cause and use are then
+            measured in each that is a classifier of it, on its first split other than the training one.
+        cause_items: items that interventions on blocks are scored on; 0 leaves them out.
+        use_items: items whose conductance is computed; 0 leaves it out.
+        erase: probing tasks whose labels are erased from each hidden state of the classifiers (LEACE).
+        shapley: random orders of blocks for sampled Shapley values; None gives exact ones up to eight blocks; 0 none.
+        sequence: for models trained one after another, the probing task that each stage trained, in order; ``-`` for a
+            stage that trained none of them.
         device: torch device.
         dtype: precision of the forward passes.
         cache_dir: where states are cached.
@@ -104,7 +131,14 @@ def compare(
     if not references:
         raise UsageError("Give at least one model after training.")
     names = side_labels(references, labels)
-    measure = _retention_reader(before, text, blimp, blimp_pairs, refit_on, offline=offline, allow_pickle=allow_pickle)
+    options, facts_of = None, {}
+    if data is not None:
+        options = TaskOptions(data, cause_items, use_items, tuple(erase), shapley, n_boot)
+        given_models = dict(zip(names, references, strict=True))
+        facts_of = check_classifiers(given_models, options, offline=offline, allow_pickle=allow_pickle)
+    elif erase:
+        raise UsageError("Erasing is measured on the task that the models were trained on; give data, too.")
+    reader = read_language_side(before, text, blimp, blimp_pairs, refit_on, offline=offline, allow_pickle=allow_pickle)
     config = ProbeConfig(
         model=None, tasks=tuple(t if isinstance(t, str) else t.name for t in tasks), stack=stack,
         pooling=tuple(pooling), controls=tuple(controls), max_train=max_train, seeds=seed_numbers(seeds),
@@ -113,6 +147,8 @@ def compare(
     )  # fmt: skip
     given = [t for t in tasks if isinstance(t, Task)]
     first = first_side(before, config, given)
+    stages = None if sequence is None else trained_tasks(sequence, names, first.task_names)
+    check_erased(first, erase)
     sides = {name: later_side(ref, name, first, folder, seconds) for name, ref in zip(names, references, strict=True)}
     _extract(first, sides, quiet=quiet, seconds=seconds)
     with timed(seconds, "probe before"):
@@ -135,9 +171,15 @@ def compare(
     retained = []
     for name, side in sides.items():
         plan = side.plan or first.plan  # a side without a plan is the model before training
-        if measure is not None and plan is not None:
+        if reader is not None and plan is not None:
             with timed(seconds, "retention"):
-                retained.append(measure(name, plan.loaded.model, quiet))
+                retained.append(reader.measure(name, plan.loaded.model, quiet))
+    found_by_task = TaskFindings()
+    if options is not None:
+        found_by_task = measure_tasks(
+            first, sides, facts_of, options, folder=folder, language=reader,
+            seconds=seconds, quiet=quiet,
+        )  # fmt: skip
     if not forgetting:
         raise DataError("The runs share no task with the same items, so nothing can be compared. Probe the same tasks.")
     seconds["total"] = round(time.time() - started, 1)
@@ -148,6 +190,7 @@ def compare(
         "after": list(sides),
         "models": facts,
         "tasks": {t: first.facts(t) for t in dict.fromkeys(r["task"].iloc[0] for r in forgetting)},
+        "task": None if options is None else options.record(found_by_task.reasons),
         "notes": _notes(first, sides),
         "seconds": seconds,
         **provenance(),
@@ -155,8 +198,10 @@ def compare(
     found = Comparison(
         run=run, forgetting=pd.concat(forgetting, ignore_index=True)[[*KEYS, *COLUMNS]],
         drift=_together(drifts), cka_map=_together(maps), weights=_together(weights), retention=_together(retained),
-        folder=folder,
+        **{name: found_by_task.table(name) for name in TASK_TABLES}, sequence=None, folder=folder,
     )  # fmt: skip
+    if stages is not None:
+        found = with_sequence(found, stages)
     found.save(folder)
     return found
 
@@ -271,51 +316,6 @@ def _weights(name: str, first: Side, side: Side) -> pd.DataFrame:
     assert side.plan is not None
     table = weight_drift(first.plan.loaded.model.state_dict(), side.plan.loaded.model.state_dict())
     return table.assign(model=name)[["model", *table.columns]]
-
-
-def _retention_reader(
-    before: Any,
-    text: str | Path | None,
-    blimp: str | Path | None,
-    pairs: int | None,
-    refit_on: str | Path | None,
-    *,
-    offline: bool,
-    allow_pickle: bool,
-) -> Callable[[str, Any, bool], pd.DataFrame] | None:
-    """What measures retention, with its files read and the language-model head loaded; None if nothing is asked for.
-
-    Raises:
-        UsageError: no reference that a head could be loaded from.
-        DataError: a file cannot be read.
-        ModelError: the model before training has no language-model head.
-    """
-    if text is None and blimp is None:
-        if refit_on is not None:
-            raise UsageError("refit_on re-fits a head for measuring; give text or blimp, too.")
-        return None
-    from analysis.retention import retention_table
-    from spafit.data.blimp import read_blimp
-    from spafit.data.text import read_text
-    from spafit.language_models import graft, load_language_model
-
-    run = run_folder(before)
-    reference = ProbeResults.load(run).run["config"]["model"] if run is not None else named_reference(before)
-    if reference is None:
-        raise UsageError(
-            "Retention needs the model before training by its name or folder, so that its language-model head can be "
-            "loaded; the built-in default has none."
-        )
-    running, other = (None if t is None else read_text(t) for t in (text, refit_on))
-    table = None if blimp is None else read_blimp(blimp, pairs=pairs)
-    original = load_language_model(reference, offline=offline, allow_pickle=allow_pickle)
-
-    def measure(name: str, body: Any, quiet: bool) -> pd.DataFrame:
-        after = graft(original, body, name=name)
-        found = retention_table(original, after, text=running, pairs=table, refit_on=other, quiet=quiet)
-        return found.assign(model=name)[["model", *found.columns]]
-
-    return measure
 
 
 def _facts(first: Side, side: Side) -> dict[str, Any]:
