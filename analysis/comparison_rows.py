@@ -105,9 +105,9 @@ def _of_block(comparison: Comparison, model: str, block: int) -> dict[str, str]:
         row["score lost, skipped"] = _lost(own, "skip", "block")
     if comparison.use is not None:
         its = comparison.use[(comparison.use["model"] == model) & (comparison.use["block"] == block)]
-        its = its[its["statistic"] == "abs_sum"].set_index("branch")["value"]
         for branch in ("attention", "feed-forward"):
-            row[f"conductance, {branch}"] = _number(its.get(branch, float("nan")), factor=1, digits=2, sign=False)
+            value = its[(its["statistic"] == "abs_sum") & (its["branch"] == branch)]["value"].mean()
+            row[f"conductance, {branch}"] = _number(value, factor=1, digits=2, sign=False)
     return row
 
 
@@ -190,12 +190,13 @@ def use_rows(comparison: Comparison) -> Rows:
     for (model, block), own in comparison.use.groupby(["model", "block"], sort=False):
         row = {"model": str(model), "block": str(block)}
         for branch in ("attention", "feed-forward"):
-            its = own[own["branch"] == branch].set_index("statistic")
-            ends = [_number(its.loc["abs_sum", c], factor=1, digits=2, sign=False) for c in ("ci_low", "ci_high")]
-            value = _number(its.loc["abs_sum", "value"], factor=1, digits=2, sign=False)
-            row[f"{branch} Σ|·|"] = f"{value} [{ends[0]} {ends[1]}]"
-            row[f"{branch} Σ"] = _number(its.loc["sum", "value"], factor=1, digits=3)
-            row[f"{branch} norm"] = _number(its.loc["norm", "value"], factor=1, digits=4, sign=False)
+            its = {r["statistic"]: r for r in own[own["branch"] == branch].to_dict("records")}
+            value, low, high = (
+                _number(its["abs_sum"][c], factor=1, digits=2, sign=False) for c in ("value", "ci_low", "ci_high")
+            )
+            row[f"{branch} Σ|·|"] = f"{value} [{low} {high}]"
+            row[f"{branch} Σ"] = _number(its["sum"]["value"], factor=1, digits=3)
+            row[f"{branch} norm"] = _number(its["norm"]["value"], factor=1, digits=4, sign=False)
         first = own.iloc[0]
         found.append({**row, "items": str(first["n"]), "not converged": str(first["n_failed"])})
     return found

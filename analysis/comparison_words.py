@@ -75,7 +75,7 @@ def _cause(own: pd.DataFrame, task: dict) -> str:
         f"{single['reference'].iloc[0]:.3f}; with the body before training under the same head it is "
         f"{base['reference'].iloc[0]:.3f}."
     )
-    worst = single.loc[single["effect"].idxmin()]
+    worst = single.iloc[int(single["effect"].to_numpy().argmin())]
     if worst["effect"] < 0:
         text += (
             f" Of single blocks, reverting block {worst['blocks_start']} costs most: {-100 * worst['effect']:.1f} "
@@ -95,17 +95,21 @@ def _erasure(own: pd.DataFrame) -> str:
     rows = own[own["metric"] == "score"]
     parts = []
     for task, its in rows.groupby("task", sort=False):
-        mean = its.groupby(["eraser", "hidden"])["effect"].mean().unstack("eraser")
-        at = int(mean["leace"].idxmin())
-        controls = [c for c in ("random", "equal-variance") if c in mean and pd.notna(mean.loc[at, c])]
-        beside = ", ".join(f"{c} {-100 * mean.loc[at, c]:.1f}" for c in controls)
-        parts.append(f"{task} costs at most {-100 * mean.loc[at, 'leace']:.1f} points (hidden state {at}; {beside})")
+        leace = its[its["eraser"] == "leace"]
+        worst = leace.iloc[int(leace["effect"].to_numpy().argmin())]
+        there = its[(its["hidden"] == worst["hidden"]) & (its["eraser"] != "leace")]
+        beside = "".join(
+            f"; {c} {-100 * e:.1f}" for c, e in there.groupby("eraser", sort=False)["effect"].mean().items()
+        )
+        parts.append(
+            f"{task} costs at most {-100 * worst['effect']:.1f} points (hidden state {worst['hidden']}{beside})"
+        )
     return f"Erasing {'; '.join(parts)}."
 
 
 def _use(own: pd.DataFrame) -> str:
     rows = own[(own["statistic"] == "abs_sum") & (own["branch"] != "residual")]
-    top = rows.loc[rows["value"].idxmax()]
+    top = rows.iloc[int(rows["value"].to_numpy().argmax())]
     return (
         f"Most conductance (Σ|·|) passes through {top['branch']} of block {top['block']}, over {top['n']} items that "
         f"converged and {top['n_failed']} that did not."

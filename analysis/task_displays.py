@@ -28,6 +28,7 @@ ERASERS = {
 }
 
 
+@plotting.style()
 def cause_figure(table: pd.DataFrame) -> Figure:
     """Points of score lost, a row per model: blocks reverted (left), skipped and resampled branches (right).
 
@@ -43,7 +44,8 @@ def cause_figure(table: pd.DataFrame) -> Figure:
         _taken_away(right, own)
         left.set_title(f"{model}: blocks as before training")
         right.set_title(f"{model}: without what a branch computes")
-    _legends(axes[-1])
+    figure.legend(*axes[-1][0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    figure.legend(*axes[-1][1].get_legend_handles_labels(), loc="outside lower right", ncols=2)
     plotting.lay_out(figure)
     return figure
 
@@ -84,6 +86,7 @@ def _taken_away(ax: Axes, own: pd.DataFrame) -> None:
     _block_axis(ax, blocks, "")
 
 
+@plotting.style()
 def erasure_figure(table: pd.DataFrame) -> Figure:
     """Points of score lost by erasing each task's label and by both controls; a row per model, a panel per task.
 
@@ -92,7 +95,7 @@ def erasure_figure(table: pd.DataFrame) -> Figure:
     """
     models, tasks = list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["task"]))
     rows = table[table["metric"] == "score"]
-    figure = plotting.new_figure(width=1.0 + 3.5 * len(tasks), height=0.5 + 2.9 * len(models))
+    figure = plotting.new_figure(width=1.4 + 3.6 * len(tasks), height=1.0 + 2.7 * len(models))
     axes = figure.subplots(len(models), len(tasks), squeeze=False, sharey=True, sharex=True)
     for line, model in zip(axes, models, strict=True):
         for ax, task in zip(line, tasks, strict=True):
@@ -112,11 +115,13 @@ def erasure_figure(table: pd.DataFrame) -> Figure:
             ax.set_xlabel("hidden state")
             ax.set_xticks(plotting.hidden_ticks(int(own["hidden"].min()), int(own["hidden"].max())))
         line[0].set_ylabel("score lost, points")
-    axes[-1][0].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.2), ncols=3)
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=1 if len(tasks) == 1 else 3)
     plotting.lay_out(figure)
     return figure
 
 
+@plotting.style()
 def use_figure(table: pd.DataFrame) -> Figure:
     """Conductance by block and branch, a row per model: Σ|·| (left) and the signed sum (right), with intervals.
 
@@ -133,7 +138,7 @@ def use_figure(table: pd.DataFrame) -> Figure:
             _branch_bars(ax, own[own["statistic"] == statistic])
             _block_axis(ax, own["block"].unique(), label)
             ax.set_title(f"{model}: {'how much' if statistic == 'abs_sum' else 'towards or away from'} the decision")
-    _legends(axes[-1])
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     plotting.lay_out(figure)
     return figure
 
@@ -156,11 +161,7 @@ def _block_axis(ax: Axes, blocks: np.ndarray, label: str) -> None:
     ax.set_ylabel(label)
 
 
-def _legends(line: np.ndarray) -> None:
-    for ax in line:
-        ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.18), ncols=3)
-
-
+@plotting.style()
 def beside_figure(comparison: Comparison) -> Figure | None:
     """Forgetting, drift, cause and use over one axis of hidden states, a column per model.
 
@@ -181,7 +182,7 @@ def beside_figure(comparison: Comparison) -> Figure | None:
             draw[panel](ax, comparison, model)
             ax.grid(axis="x", color=plotting.MUTED, alpha=0.25, linewidth=0.6)
         handles, labels = max((ax.get_legend_handles_labels() for ax in line), key=lambda found: len(found[1]))
-        line[-1].legend(handles, labels, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        line[-1].legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5))
     hidden = comparison.forgetting["hidden"]
     for ax, model in zip(axes[0], models, strict=True):
         ax.set_title(model)
@@ -210,6 +211,7 @@ def _panel_drift(ax: Axes, comparison: Comparison, model: str) -> None:
         ax.plot(
             its["hidden"], its["value"], style, color="#0072B2", marker=marker, markersize=4, label=f"CKA, {variant}"
         )
+    ax.set_ylim(bottom=min(ax.get_ylim()[0], 0.9))  # a thousandth shall not look like a fall
     ax.set_ylabel("similarity")
 
 

@@ -60,9 +60,7 @@ class TaskOptions:
         """
         splits = self.data.scored_splits
         if not splits:
-            raise UsageError(
-                f"{self.data.name} has no labelled split beside the training one to measure cause and use on."
-            )
+            raise UsageError(f"{self.data.name} has no labelled items besides those of training. Give held-out ones.")
         return splits[0]
 
     def record(self, reasons: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -144,9 +142,7 @@ def check_erased(first: Side, names: Sequence[str]) -> None:
         if name not in known:
             raise UsageError(f"No task {name!r} to erase; tasks: {', '.join(known)}.{did_you_mean(name, known)}")
     if first.plan.config.pooling[0] == "max":
-        raise UsageError(
-            "Labels of max-pooled states cannot be erased from tokens. Put mean or first first in pooling."
-        )
+        raise UsageError("Labels of max-pooled states cannot be erased from tokens. Name mean or first before max.")
 
 
 def measure_tasks(

@@ -85,7 +85,7 @@ def classifier_facts(reference: Any, *, offline: bool = False, allow_pickle: boo
 
 
 def _in_memory(pair: tuple[Any, Any]) -> ClassifierFacts:
-    config = getattr(pair[0], "config", None)
+    config: Any = getattr(pair[0], "config", None)
     if getattr(pair[0], "base_model", pair[0]) is pair[0] or not hasattr(config, "num_labels"):
         raise ModelError(f"a {type(pair[0]).__name__} in memory, which has no classification head")
     return ClassifierFacts(pair, False, _labels(config.num_labels, config.id2label), None, MAX_LENGTH)
