@@ -53,6 +53,7 @@ def conductance(
     baseline_id: int | None = None,
     keep: Collection[int] = (),
     targets: Sequence[int] | None = None,
+    token_types: Sequence[Sequence[int]] | None = None,
     steps: int = 32,
     most_steps: int = 256,
     tolerance: float = 0.05,
@@ -74,6 +75,7 @@ def conductance(
             mean of all embeddings.
         keep: ids that the baseline keeps as they are ([CLS], [SEP], beginning of text).
         targets: class whose logit F is; None takes the predicted one.
+        token_types: token types of every item, for models of pairs that embed them.
         steps: intervals to begin with.
         most_steps: the limit of doubling.
         tolerance: see above.
@@ -95,7 +97,7 @@ def conductance(
         while True:
             found = item_conductance(
                 model, ids, baseline_id=baseline_id, keep=keep, target=None if targets is None else targets[i],
-                steps=count,
+                token_types=None if token_types is None else token_types[i], steps=count,
             )  # fmt: skip
             if found.error <= tolerance or 2 * count > most_steps:
                 break
@@ -114,6 +116,7 @@ def item_conductance(
     baseline_id: int | None = None,
     keep: Collection[int] = (),
     target: int | None = None,
+    token_types: Sequence[int] | None = None,
     steps: int = 32,
     rule: Rule = "trapezoid",
     alphas: Sequence[float] | None = None,
@@ -126,6 +129,7 @@ def item_conductance(
         baseline_id: see :func:`conductance`.
         keep: see :func:`conductance`.
         target: class; None takes the predicted one.
+        token_types: see :func:`conductance`.
         steps: equal intervals from 0 to 1.
         rule: ``trapezoid`` takes the mean of the gradients at both ends of an interval, ``left`` that at its beginning,
             as captum's ``LayerConductance`` does.
@@ -139,13 +143,14 @@ def item_conductance(
     places = torch.linspace(0, 1, steps + 1) if alphas is None else torch.as_tensor(list(alphas))
     places = places.to(device=device, dtype=real.dtype)[:, None, None]
     inputs = (start + places * (real - start)).requires_grad_()
+    types = None if token_types is None else torch.as_tensor([list(token_types)], device=device)
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
         with torch.enable_grad():
-            outputs, logits = _forward(model, inputs)
+            outputs, logits = _forward(model, inputs, types)
             with torch.no_grad():
-                ends = _logits(model(inputs_embeds=torch.cat([real, start])))
+                ends = _logits(_run(model, torch.cat([real, start]), types))
             chosen = int(ends[0].argmax()) if target is None else target
             try:
                 grads = torch.autograd.grad(logits[:, chosen].sum(), list(outputs.values()))
@@ -184,7 +189,15 @@ def _ends(
         return real, torch.where(fixed, real, blank.expand_as(real))
 
 
-def _forward(model: nn.Module, inputs: torch.Tensor) -> tuple[dict[tuple[str, int], torch.Tensor], torch.Tensor]:
+def _run(model: nn.Module, inputs: torch.Tensor, types: torch.Tensor | None) -> Any:
+    """Run rows of embeddings that all have the same token types."""
+    more = {} if types is None else {"token_type_ids": types.expand(len(inputs), -1)}
+    return model(inputs_embeds=inputs, **more)
+
+
+def _forward(
+    model: nn.Module, inputs: torch.Tensor, types: torch.Tensor | None
+) -> tuple[dict[tuple[str, int], torch.Tensor], torch.Tensor]:
     """Outputs of every branch and block, attached to the graph, and the logits."""
     from spafit.stacks import find_stacks
 
@@ -207,7 +220,7 @@ def _forward(model: nn.Module, inputs: torch.Tensor) -> tuple[dict[tuple[str, in
                 module = model.get_submodule(join_path(path, sub))
                 undo.callback(module.register_forward_hook(keep((branch, k))).remove)
         try:
-            logits = _logits(model(inputs_embeds=inputs))
+            logits = _logits(_run(model, inputs, types))
         except ValueError as error:  # GPT-2 without a padding token takes one text at a time
             raise ModelError(
                 f"{type(model).__name__} cannot run several texts at once ({error}). Set model.config.pad_token_id."

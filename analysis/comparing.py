@@ -11,21 +11,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis.comparison import KEYS, Comparison
+from analysis.comparison import KEYS, Comparison, trained_tasks, with_sequence
 from analysis.forgetting import COLUMNS, forgetting_table
+from analysis.language_side import read_language_side
 from analysis.readings import Side, TaskReadings, read_task
+from analysis.sides import first_side, is_pair, later_side, side_labels
+from analysis.task_measures import (
+    TASK_TABLES,
+    TaskFindings,
+    TaskOptions,
+    check_classifiers,
+    check_erased,
+    measure_tasks,
+)  # fmt: skip
 from probing.config import ProbeConfig, seed_numbers
-from probing.planning import extraction_options, plan_probing, timed
+from probing.planning import extraction_options, timed
 from probing.results import ProbeResults
 from probing.running import run_plan
-from probing.shared_prefix import extract_sharing, unchanged_hidden
+from probing.shared_prefix import extract_sharing
 from probing.tasks.base import Task
 from spafit import io
-from spafit.errors import DataError, SpafitError, UsageError
+from spafit.errors import DataError, UsageError
 from spafit.runtime import Progress, provenance
 
 if TYPE_CHECKING:
-    from spafit.models import LoadedModel
+    from spafit.data.training import TrainData
 
 #: Sentences that drift is measured on, at most.
 DRIFT_SENTENCES = 2000
@@ -49,6 +59,12 @@ def compare(
     blimp: str | Path | None = None,
     blimp_pairs: int | None = 100,
     refit_on: str | Path | None = None,
+    data: TrainData | None = None,
+    cause_items: int = 200,
+    use_items: int = 24,
+    erase: Sequence[str] = (),
+    shapley: int | None = None,
+    sequence: Sequence[str] | None = None,
     device: str = "auto",
     dtype: str = "float32",
     cache_dir: str | Path | None = None,
@@ -88,6 +104,15 @@ def compare(
         blimp: folder of BLiMP's files.
         blimp_pairs: pairs of each paradigm; None takes all.
         refit_on: file of other running text, on which the head is re-fitted, too.
+        data: labelled items of the classification task that the models after were trained on
+            (:func:`spafit.data.training.glue_data`, :func:`~spafit.data.training.table_data`): cause and use are then
+            measured in each that is a classifier of it, on its first split other than the training one.
+        cause_items: items that interventions on blocks are scored on; 0 leaves them out.
+        use_items: items whose conductance is computed; 0 leaves it out.
+        erase: probing tasks whose labels are erased from each hidden state of the classifiers (LEACE).
+        shapley: random orders of blocks for sampled Shapley values; None gives exact ones up to eight blocks; 0 none.
+        sequence: for models trained one after another, the probing task that each stage trained, in order; ``-`` for a
+            stage that trained none of them.
         device: torch device.
         dtype: precision of the forward passes.
         cache_dir: where states are cached.
@@ -102,11 +127,18 @@ def compare(
     """
     started, seconds = time.time(), dict[str, float]()
     folder = Path(out)
-    references = list(after) if isinstance(after, list | tuple) and not _is_pair(after) else [after]
+    references = list(after) if isinstance(after, list | tuple) and not is_pair(after) else [after]
     if not references:
         raise UsageError("Give at least one model after training.")
-    names = _labels(references, labels)
-    measure = _retention_reader(before, text, blimp, blimp_pairs, refit_on, offline=offline, allow_pickle=allow_pickle)
+    names = side_labels(references, labels)
+    options, facts_of = None, {}
+    if data is not None:
+        options = TaskOptions(data, cause_items, use_items, tuple(erase), shapley, n_boot)
+        given_models = dict(zip(names, references, strict=True))
+        facts_of = check_classifiers(given_models, options, offline=offline, allow_pickle=allow_pickle)
+    elif erase:
+        raise UsageError("Erasing is measured on the task that the models were trained on; give data, too.")
+    reader = read_language_side(before, text, blimp, blimp_pairs, refit_on, offline=offline, allow_pickle=allow_pickle)
     config = ProbeConfig(
         model=None, tasks=tuple(t if isinstance(t, str) else t.name for t in tasks), stack=stack,
         pooling=tuple(pooling), controls=tuple(controls), max_train=max_train, seeds=seed_numbers(seeds),
@@ -114,8 +146,10 @@ def compare(
         cache_dir=None if cache_dir is None else str(cache_dir), out=str(folder / "before"),
     )  # fmt: skip
     given = [t for t in tasks if isinstance(t, Task)]
-    first = _first_side(before, config, given, seconds)
-    sides = {name: _later_side(ref, name, first, folder, seconds) for name, ref in zip(names, references, strict=True)}
+    first = first_side(before, config, given)
+    stages = None if sequence is None else trained_tasks(sequence, names, first.task_names)
+    check_erased(first, erase)
+    sides = {name: later_side(ref, name, first, folder, seconds) for name, ref in zip(names, references, strict=True)}
     _extract(first, sides, quiet=quiet, seconds=seconds)
     with timed(seconds, "probe before"):
         first = replace(first, results=_results(first, quiet=quiet))
@@ -137,9 +171,15 @@ def compare(
     retained = []
     for name, side in sides.items():
         plan = side.plan or first.plan  # a side without a plan is the model before training
-        if measure is not None and plan is not None:
+        if reader is not None and plan is not None:
             with timed(seconds, "retention"):
-                retained.append(measure(name, plan.loaded.model, quiet))
+                retained.append(reader.measure(name, plan.loaded.model, quiet))
+    found_by_task = TaskFindings()
+    if options is not None:
+        found_by_task = measure_tasks(
+            first, sides, facts_of, options, folder=folder, language=reader,
+            seconds=seconds, quiet=quiet,
+        )  # fmt: skip
     if not forgetting:
         raise DataError("The runs share no task with the same items, so nothing can be compared. Probe the same tasks.")
     seconds["total"] = round(time.time() - started, 1)
@@ -150,6 +190,7 @@ def compare(
         "after": list(sides),
         "models": facts,
         "tasks": {t: first.facts(t) for t in dict.fromkeys(r["task"].iloc[0] for r in forgetting)},
+        "task": None if options is None else options.record(found_by_task.reasons),
         "notes": _notes(first, sides),
         "seconds": seconds,
         **provenance(),
@@ -157,144 +198,12 @@ def compare(
     found = Comparison(
         run=run, forgetting=pd.concat(forgetting, ignore_index=True)[[*KEYS, *COLUMNS]],
         drift=_together(drifts), cka_map=_together(maps), weights=_together(weights), retention=_together(retained),
-        folder=folder,
+        **{name: found_by_task.table(name) for name in TASK_TABLES}, sequence=None, folder=folder,
     )  # fmt: skip
+    if stages is not None:
+        found = with_sequence(found, stages)
     found.save(folder)
     return found
-
-
-# ---------------------------------------------------------------- the models
-
-
-def _is_pair(value: Any) -> bool:
-    from torch import nn
-
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], nn.Module)
-
-
-def _labels(references: Sequence[Any], given: Sequence[str] | None) -> list[str]:
-    if given is not None:
-        if len(given) != len(references) or len(set(given)) < len(given) or not all(given):
-            raise UsageError(f"labels must be {len(references)} different names; got {list(given)}.")
-        return [g.replace("/", "-") for g in given]
-    names = []
-    for i, reference in enumerate(references):
-        path = Path(reference) if isinstance(reference, str | Path) else None
-        parts = [] if path is None else [p for p in path.parts if p != "model" and not p.startswith("seed-")]
-        names.append(parts[-1] if parts else f"after-{i + 1}")
-    return [n if names.count(n) == 1 else f"{n}-{i + 1}" for i, n in enumerate(names)]
-
-
-def _run_folder(reference: Any) -> Path | None:
-    """The folder of a probing run, if that is what the reference is."""
-    path = Path(reference) if isinstance(reference, str | Path) else None
-    return path if path is not None and (path / "scores.parquet").is_file() else None
-
-
-def _checked(reference: Any) -> Any:
-    """The reference; a folder of training results is answered with what to give instead."""
-    path = Path(reference) if isinstance(reference, str | Path) else None
-    if path is not None and not (path / "config.json").exists():
-        model = next(iter(sorted(path.glob("seed-*/model"))), None)
-        if model is not None:
-            raise UsageError(f"{path} is a folder of training results. Give one seed's model, such as {model}.")
-    return reference
-
-
-def _first_side(reference: Any, config: ProbeConfig, given: Sequence[Task], seconds: dict[str, float]) -> Side:
-    folder = _run_folder(reference)
-    if folder is not None:
-        return _from_run(folder, "before", seconds)
-    plan = plan_probing(
-        replace(config, model=_said(reference)), model=_checked(reference), given=given,
-        only_given=bool(given) and set(config.tasks) == {t.name for t in given},
-    )  # fmt: skip
-    return Side(plan.loaded.name, plan, None, plan.out, unchanged=0, why="")
-
-
-def _said(reference: Any) -> str | None:
-    return str(reference) if isinstance(reference, str | Path) else None
-
-
-def _from_run(folder: Path, name: str, seconds: dict[str, float]) -> Side:
-    """A finished probing run, with its model where that can be loaded with the same weights."""
-    results = ProbeResults.load(folder)
-    content = {k: v for k, v in results.run["config"].items() if v is not None}
-    config = replace(ProbeConfig.from_dict(content, where=str(folder)), out=str(folder), overwrite="missing")
-    try:
-        plan = plan_probing(config)
-    except SpafitError as error:
-        return Side(
-            name, None, results, folder, unchanged=0, why=f"{folder}: its model or tasks cannot be had ({error})"
-        )
-    recorded = results.run["model"]
-    if (plan.loaded.weights_digest, plan.loaded.adapter_digest) != (
-        recorded["weights_digest"], recorded["adapter_digest"],
-    ):  # fmt: skip
-        return Side(name, None, results, folder, unchanged=0, why=f"{folder}: its model has other weights now")
-    return Side(plan.loaded.name if name == "before" else name, plan, None, folder, unchanged=0, why="")
-
-
-def _later_side(reference: Any, name: str, first: Side, folder: Path, seconds: dict[str, float]) -> Side:
-    run = _run_folder(reference)
-    if run is not None:
-        side = _from_run(run, name, seconds)
-        if side.plan is None or first.plan is None:
-            return side
-        loaded = side.plan.loaded
-        return replace(
-            side, unchanged=_unchanged(first.plan.loaded, loaded, side.plan.config.stack), **_fit(first, loaded)
-        )
-    if first.plan is None:
-        raise UsageError(
-            f"{first.why}. Give run folders for the models after training, too, or a model before training that can be "
-            "loaded."
-        )
-    from spafit.models import LoadedModel, load_model
-
-    base = first.plan.config
-    with timed(seconds, "load models"):
-        loaded = (
-            reference if isinstance(reference, LoadedModel)
-            else load_model(_checked(reference), offline=base.offline, allow_pickle=base.allow_pickle)
-        )  # fmt: skip
-    unchanged = _unchanged(first.plan.loaded, loaded, base.stack)
-    same = unchanged > first.plan.stack.num_blocks
-    fit = _fit(first, loaded)
-    if same:
-        return Side(name, None, None, None, unchanged=unchanged, why="", **fit)
-    out = folder / "after" / name
-    config = replace(
-        base, model=_said(reference), revision=None, controls=tuple(c for c in base.controls if c == "word-type"),
-        layers="all" if not fit["comparable"] else f"{unchanged}-{first.plan.stack.num_blocks}",
-        tasks=tuple(t.name for t in first.plan.tasks), out=str(out),
-    )  # fmt: skip
-    plan = plan_probing(config, model=loaded, given=first.plan.tasks, only_given=True)
-    return Side(name, plan, None, out, unchanged=unchanged if fit["comparable"] else 0, why="", **fit)
-
-
-def _unchanged(before: LoadedModel, after: LoadedModel, stack: str | None) -> int:
-    return unchanged_hidden(before, after, stack=stack) if before.tokenizer_digest == after.tokenizer_digest else 0
-
-
-def _fit(first: Side, loaded: LoadedModel) -> dict[str, Any]:
-    """Whether hidden states of one model stand beside those of the other, and what cannot be compared."""
-    from probing.forward import pick_stack
-
-    assert first.plan is not None
-    old, new = first.plan.stack, pick_stack(loaded, first.plan.config.stack)
-    if new.num_blocks != old.num_blocks:
-        raise UsageError(
-            f"{loaded.name} has {new.num_blocks} blocks and {first.plan.loaded.name} has {old.num_blocks}: no hidden "
-            "state of one stands for one of the other. Compare checkpoints of one architecture; curves of different "
-            "models over relative depth come from spafit-probe --model A --model B."
-        )
-    missing = ""
-    if new.width != old.width:
-        missing = f"the widths differ ({old.width} and {new.width}), so probes do not transfer; only lost is given. "
-    elif loaded.tokenizer_digest != first.plan.loaded.tokenizer_digest:
-        missing = "the tokenizers differ, so that part of a change may be other tokens. "
-    return {"comparable": new.width == old.width, "missing": missing}
 
 
 # ---------------------------------------------------------------- states and probes
@@ -407,51 +316,6 @@ def _weights(name: str, first: Side, side: Side) -> pd.DataFrame:
     assert side.plan is not None
     table = weight_drift(first.plan.loaded.model.state_dict(), side.plan.loaded.model.state_dict())
     return table.assign(model=name)[["model", *table.columns]]
-
-
-def _retention_reader(
-    before: Any,
-    text: str | Path | None,
-    blimp: str | Path | None,
-    pairs: int | None,
-    refit_on: str | Path | None,
-    *,
-    offline: bool,
-    allow_pickle: bool,
-) -> Callable[[str, Any, bool], pd.DataFrame] | None:
-    """What measures retention, with its files read and the language-model head loaded; None if nothing is asked for.
-
-    Raises:
-        UsageError: no reference that a head could be loaded from.
-        DataError: a file cannot be read.
-        ModelError: the model before training has no language-model head.
-    """
-    if text is None and blimp is None:
-        if refit_on is not None:
-            raise UsageError("refit_on re-fits a head for measuring; give text or blimp, too.")
-        return None
-    from analysis.retention import retention_table
-    from spafit.data.blimp import read_blimp
-    from spafit.data.text import read_text
-    from spafit.language_models import graft, load_language_model
-
-    run = _run_folder(before)
-    reference = ProbeResults.load(run).run["config"]["model"] if run is not None else _said(before)
-    if reference is None:
-        raise UsageError(
-            "Retention needs the model before training by its name or folder, so that its language-model head can be "
-            "loaded; the built-in default has none."
-        )
-    running, other = (None if t is None else read_text(t) for t in (text, refit_on))
-    table = None if blimp is None else read_blimp(blimp, pairs=pairs)
-    original = load_language_model(reference, offline=offline, allow_pickle=allow_pickle)
-
-    def measure(name: str, body: Any, quiet: bool) -> pd.DataFrame:
-        after = graft(original, body, name=name)
-        found = retention_table(original, after, text=running, pairs=table, refit_on=other, quiet=quiet)
-        return found.assign(model=name)[["model", *found.columns]]
-
-    return measure
 
 
 def _facts(first: Side, side: Side) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
+from analysis.sequence import forgetting_matrix, sequence_summaries
 from spafit import io
 from spafit.errors import DataError, UsageError, did_you_mean
 
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
 #: Columns before those of :data:`analysis.forgetting.COLUMNS` in the table ``forgetting``.
 KEYS = ("model", "task", "level", "unit", "stack", "site", "pooling", "probe", "control", "split", "metric")
 CONTROLS = ("word-type", "none")
-TABLES = ("forgetting", "drift", "cka_map", "weights", "retention")
+TABLES = (
+    "forgetting", "drift", "cka_map", "weights", "retention", "causal", "interaction", "erasure", "use", "sequence",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Forgetting, drift and retention of one or more models against the one that they started from.
+    """Forgetting, drift, retention, cause and use in one or more models against the one that they started from.
 
     Attributes:
         run: content of ``run.json``: command, models, tasks, what was and was not compared, versions, seconds.
@@ -34,6 +37,11 @@ class Comparison:
         cka_map: like ``drift``, for every pair of hidden states.
         weights: ``model``, then :data:`analysis.weights.COLUMNS`; None where the weights were not to be had.
         retention: ``model``, then what :func:`analysis.retention.retention_table` gives; None without texts.
+        causal: ``model``, then :data:`analysis.task_tables.CAUSAL_COLUMNS`; None without items of the trained task.
+        interaction: ``model``, then :data:`analysis.task_tables.INTERACTION_COLUMNS`.
+        erasure: ``model``, then :data:`analysis.task_tables.ERASURE_COLUMNS`; None where nothing was erased.
+        use: ``model``, then :data:`analysis.attribution.COLUMNS`.
+        sequence: columns of :data:`analysis.sequence.COLUMNS`; None where the models are no stages of one training.
         folder: where the files lie.
     """
 
@@ -43,6 +51,11 @@ class Comparison:
     cka_map: pd.DataFrame | None
     weights: pd.DataFrame | None
     retention: pd.DataFrame | None
+    causal: pd.DataFrame | None
+    interaction: pd.DataFrame | None
+    erasure: pd.DataFrame | None
+    use: pd.DataFrame | None
+    sequence: pd.DataFrame | None
     folder: Path
 
     @classmethod
@@ -166,8 +179,11 @@ class Comparison:
         return "\n".join(lines)
 
     def paragraphs(self) -> list[str]:
-        """One paragraph per model in words, from its numbers."""
-        return [_in_words(self, model) for model in self.models]
+        """One paragraph per model in words, from its numbers; then one on the sequence, if they are its stages."""
+        from analysis.comparison_words import model_in_words, sequence_in_words
+
+        found = [model_in_words(self, model) for model in self.models]
+        return found if self.sequence is None else [*found, sequence_in_words(self)]
 
     def plot(self, ax: Axes | None = None, *, model: str | None = None) -> Axes:
         """Lost, moved and re-encoded by hidden state, mean over tasks; see :mod:`analysis.comparison_displays`."""
@@ -185,37 +201,6 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         return str(self.summary().round(3).to_html(index=False))
-
-
-def _in_words(comparison: Comparison, model: str) -> str:
-    facts = comparison.run["models"][model]
-    rows = comparison.to_pandas()
-    rows = rows[rows["model"] == model]
-    last = int(rows["hidden"].max())
-    shared = facts["unchanged"]
-    head = f"{model}: "
-    if shared > last:
-        return head + "no hidden state differs from those before training; every term is exactly 0."
-    head += f"hidden states {shared} to {last} changed" + (f", 0 to {shared - 1} are as before. " if shared else ". ")
-    own = comparison.summary()
-    own = own[own["model"] == model]
-    lost = own[(own["p_layers"] < 0.05) & (own["lost"] > 0)].sort_values("lost", ascending=False)
-    gained = own[(own["p_layers"] < 0.05) & (own["lost"] < 0)]
-    text = head + (
-        f"Where each task could be read best before training, {len(lost)} of {len(own)} tasks lost accuracy beyond "
-        "what sampling explains (p < .05 over layers)"
-    )
-    if len(lost):
-        text += ": " + ", ".join(f"{r['task']} {100 * r['lost']:.1f} points" for r in lost.head(3).to_dict("records"))
-    if len(gained):
-        text += f"; {len(gained)} gained"
-    text += ". "
-    deep = rows[rows["hidden"] == last].groupby("term")["value"].mean()
-    parts = [f"{100 * deep[t]:.1f} points {t}" for t in ("lost", "moved", "re-encoded") if pd.notna(deep.get(t))]
-    text += f"At the last hidden state the mean over tasks is {', '.join(parts)}."
-    if facts["missing"]:
-        text += f" Not compared: {facts['missing']}"
-    return text
 
 
 def stage_scores(
@@ -237,3 +222,34 @@ def stage_scores(
             value = own[(own["model"] == model) & (own["term"] == term)]["value"].max()
             found.append({"stage": model, "task": task, "value": value})
     return pd.DataFrame(found)
+
+
+def trained_tasks(sequence: Sequence[str], models: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
+    """Stage -> probing task that it trained, checked; stages named ``-`` trained none of them.
+
+    Raises:
+        UsageError: another number of names than models, or a task that is not compared.
+    """
+    if len(sequence) != len(models):
+        raise UsageError(
+            f"sequence names the probing task of each model after training: {len(models)} are needed, got "
+            f"{len(sequence)}. Write - for a stage that trained none of the tasks."
+        )
+    for name in sequence:
+        if name not in (*tasks, "-"):
+            raise UsageError(
+                f"sequence: no task {name!r} is compared. Tasks: {', '.join(tasks)}.{did_you_mean(name, tasks)}"
+            )
+    return {model: task for model, task in zip(models, sequence, strict=True) if task != "-"}
+
+
+def with_sequence(comparison: Comparison, trained: dict[str, str]) -> Comparison:
+    """The comparison with its table ``sequence`` and the two published scalars in ``run``.
+
+    Args:
+        comparison: of models that were trained one after another, in that order.
+        trained: stage -> the probing task that it trained.
+    """
+    table = stage_scores(comparison)
+    scalars = sequence_summaries(forgetting_matrix(table), trained)
+    return replace(comparison, sequence=table, run={**comparison.run, "sequence": {"trained": trained, **scalars}})

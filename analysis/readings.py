@@ -55,6 +55,13 @@ class Side:
     stores: dict[str, ActivationStore] = field(default_factory=dict, compare=False, repr=False)
     alignments: dict[AlignmentKey, Alignment | str] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def task_names(self) -> list[str]:
+        """Names of the tasks that are probed, or that a finished run's tables hold."""
+        if self.plan is not None:
+            return [t.name for t in self.plan.tasks]
+        return [] if self.results is None else list(self.results.tasks)
+
     def store(self, corpus: str) -> ActivationStore:
         """States of one corpus, from the cache."""
         from probing.extraction import extract

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from analysis.cli.probe import _references
+from analysis.cli.train import _tasks, read_training_data
+
+if TYPE_CHECKING:
+    from spafit.data.training import TrainData
 
 EXAMPLES = """
 Examples:
@@ -17,6 +21,8 @@ Examples:
 - `spafit compare bert-large-cased full/seed-0/model lora/seed-0/model --labels full,lora --device cuda`
 - `spafit compare runs/before runs/after` compares two folders of spafit-probe
 - `spafit compare default stage1 stage2 --tasks conllu:UD_English-EWT#upos,deprel --seeds 1`
+- `spafit compare default tuned --task sst2 --data glue_data --erase core.tense` adds cause and use in the classifier
+- `spafit compare default stage1 stage2 --sequence core.tense,core.voice` for models trained one after another
 """
 
 _LEGEND = (
@@ -24,7 +30,7 @@ _LEGEND = (
     "state where the task could be read best before. lost, moved, re-encoded: differences of accuracy less the\n"
     "control task's, in points; + is a loss. *: p < .05 over hidden states.\n"
 )
-_DATA, _RUN, _OUT = "Tasks", "Running", "Output"
+_DATA, _TASK, _RUN, _OUT = "Tasks", "Cause and use", "Running", "Output"
 
 
 def _option(panel: str, *names: str, help: str, **more: Any) -> Any:
@@ -69,6 +75,57 @@ def compare(
     refit_on: Annotated[
         Path | None, _option(_DATA, "--refit-on", help="Other running text, to re-fit the language-model head on.")
     ] = None,
+    task: Annotated[
+        str | None,
+        _option(
+            _TASK,
+            "--task",
+            autocompletion=_tasks,
+            help="GLUE task that the models after were trained on; with --data, measures cause and use in them.",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, _option(_TASK, "--data", help="Folder of GLUE files, or `hub` for the hub's copy.")
+    ] = None,
+    file: Annotated[
+        list[str] | None, _option(_TASK, "--file", help="SPLIT=NAME for GLUE files of other names.")
+    ] = None,
+    skip_bad_rows: Annotated[bool, _option(_TASK, "--skip-bad-rows", help="Leave out malformed lines.")] = False,
+    items: Annotated[
+        str | None,
+        _option(
+            _TASK,
+            "--items",
+            help="Instead of --task: a table of held-out items, FILE[,text=COLUMN,text2=COLUMN,label=COLUMN].",
+        ),
+    ] = None,
+    cause_items: Annotated[
+        int, _option(_TASK, "--cause-items", min=0, help="Items that interventions on blocks are scored on; 0: none.")
+    ] = 200,
+    use_items: Annotated[
+        int, _option(_TASK, "--use-items", min=0, help="Items whose conductance is computed; 0: none.")
+    ] = 24,
+    erase: Annotated[
+        str | None,
+        _option(_TASK, "--erase", help="Probing tasks whose labels are erased at every hidden state, between commas."),
+    ] = None,
+    shapley: Annotated[
+        int | None,
+        _option(
+            _TASK,
+            "--shapley",
+            min=0,
+            help="Random orders of blocks for Shapley values. Default: exact up to 8 blocks, none above; 0: none.",
+        ),
+    ] = None,
+    sequence: Annotated[
+        str | None,
+        _option(
+            _DATA,
+            "--sequence",
+            help="Models trained one after another: the probing task that each stage trained, or -, between commas.",
+        ),
+    ] = None,
     n_boot: Annotated[int, _option(_RUN, "--n-boot", help="Bootstrap replicates behind the intervals.")] = 1000,
     device: Annotated[
         str, _option(_RUN, "--device", help="Torch device; default: the first of cuda, mps, cpu.")
@@ -90,17 +147,20 @@ def compare(
 
     from analysis.comparing import compare as run_compare
     from analysis.comparison_report import write_comparison_report
+    from analysis.comparison_rows import cause_rows, erasure_rows, markdown, sequence_rows, use_rows
 
+    given = _items(task, data, file, items, after, skip_bad_rows=skip_bad_rows, offline=offline)
     names = _references(tasks) or ("core",)
     chosen = () if controls.strip() == "none" else tuple(c.strip() for c in controls.split(","))
     try:
         found = run_compare(
             None if before == "default" else before, [None if a == "default" else a for a in after], tasks=names,
-            labels=None if labels is None else [n.strip() for n in labels.split(",")], controls=chosen, seeds=seeds,
+            labels=_listed(labels), controls=chosen, seeds=seeds,
             max_train=max_train, limit=limit, pooling=[p.strip() for p in pooling.split(",")], stack=stack,
             n_boot=n_boot, drift=drift, text=text, blimp=blimp, blimp_pairs=blimp_pairs or None,
-            refit_on=refit_on, device=device, dtype=dtype, cache_dir=cache_dir, offline=offline,
-            allow_pickle=allow_pickle, out=out, quiet=quiet,
+            refit_on=refit_on, data=given, cause_items=cause_items, use_items=use_items, erase=_listed(erase) or (),
+            shapley=shapley, sequence=_listed(sequence), device=device, dtype=dtype, cache_dir=cache_dir,
+            offline=offline, allow_pickle=allow_pickle, out=out, quiet=quiet,
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -117,6 +177,60 @@ def compare(
         return
     typer.echo(f"\n{found.to_markdown()}\n")
     typer.echo(_LEGEND)
+    for title, rows in (
+        ("Cause: points of the trained task's score lost when a block is …", cause_rows(found)),
+        ("Erased labels: points of the trained task's score lost", erasure_rows(found)),
+        ("Use: conductance, in logits", use_rows(found)),
+        ("Sequence: best accuracy over hidden states, %; *: trained in this stage", sequence_rows(found)),
+    ):
+        if rows:
+            typer.echo(f"{title}\n\n{markdown(rows)}\n")
     for paragraph in found.paragraphs():
         typer.echo(f"{paragraph}\n")
     typer.echo("Written:\n" + "\n".join(f"  {p}" for p in (*paths[:2], out / "forgetting.csv", out / "run.json")))
+
+
+def _listed(text: str | None) -> list[str] | None:
+    """Names between commas."""
+    return None if text is None else [n.strip() for n in text.split(",")]
+
+
+def _items(
+    task: str | None,
+    data: str | None,
+    file: list[str] | None,
+    items: str | None,
+    after: list[str],
+    *,
+    skip_bad_rows: bool,
+    offline: bool,
+) -> TrainData | None:
+    """Labelled items of the task that the models after were trained on; None if none are named."""
+    from spafit.errors import UsageError, did_you_mean
+
+    if task is not None and items is not None:
+        raise UsageError("--task and --items name the trained task twice; give one of them.")
+    if task is None and items is None:
+        if data is not None or file:
+            raise UsageError("--data and --file belong to --task, the task that the models after were trained on.")
+        return None
+    if items is None:
+        return read_training_data(
+            task, data, file, {}, text="text", text2=None, label="label", regression=False, header=True, metrics=None,
+            offline=offline, skip_bad_rows=skip_bad_rows,
+        )  # fmt: skip
+    from analysis.task_models import known_classes
+
+    path, *pairs = items.split(",")
+    columns = {"text": "text", "label": "label"}
+    for pair in pairs:
+        name, _, column = pair.partition("=")
+        if name not in ("text", "text2", "label") or not column:
+            hint = did_you_mean(name, ("text", "text2", "label"))
+            raise UsageError(f"--items takes text=, text2= and label= after the file; got {pair!r}.{hint}")
+        columns[name] = column
+    labels, regression = known_classes([None if a == "default" else a for a in after], offline=offline)
+    return read_training_data(
+        None, None, None, {"items": Path(path)}, text=columns["text"], text2=columns.get("text2"),
+        label=columns["label"], regression=regression, header=True, metrics=None, offline=offline, labels=labels,
+    )  # fmt: skip
