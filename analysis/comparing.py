@@ -59,6 +59,7 @@ def compare(
     blimp: str | Path | None = None,
     blimp_pairs: int | None = 100,
     refit_on: str | Path | None = None,
+    lens: bool = False,
     data: TrainData | None = None,
     cause_items: int = 200,
     use_items: int = 24,
@@ -104,6 +105,7 @@ def compare(
         blimp: folder of BLiMP's files.
         blimp_pairs: pairs of each paradigm; None takes all.
         refit_on: file of other running text, on which the head is re-fitted, too.
+        lens: also read every hidden state through an affine lens fitted on ``refit_on`` (:mod:`analysis.lens`).
         data: labelled items of the classification task that the models after were trained on
             (:func:`spafit.data.training.glue_data`, :func:`~spafit.data.training.table_data`): cause and use are then
             measured in each that is a classifier of it, on its first split other than the training one.
@@ -138,7 +140,9 @@ def compare(
         facts_of = check_classifiers(given_models, options, offline=offline, allow_pickle=allow_pickle)
     elif erase:
         raise UsageError("Erasing is measured on the task that the models were trained on; give data, too.")
-    reader = read_language_side(before, text, blimp, blimp_pairs, refit_on, offline=offline, allow_pickle=allow_pickle)
+    reader = read_language_side(
+        before, text, blimp, blimp_pairs, refit_on, lens=lens, offline=offline, allow_pickle=allow_pickle
+    )
     config = ProbeConfig(
         model=None, tasks=tuple(t if isinstance(t, str) else t.name for t in tasks), stack=stack,
         pooling=tuple(pooling), controls=tuple(controls), max_train=max_train, seeds=seed_numbers(seeds),

@@ -31,7 +31,8 @@ def write_comparison_report(comparison: Comparison) -> tuple[Path, ...]:
     folder = comparison.folder
     forgetting, drift = _forgetting_figures(comparison), _drift_figures(comparison)
     cause, use, beside = _task_figures(comparison)
-    every = (*forgetting, *drift, *cause, *use, *beside)
+    retention = _retention_figures(comparison)
+    every = (*forgetting, *drift, *retention, *cause, *use, *beside)
     paths = [plotting.save_figure(f, folder / "figures" / f"{name}.png") for name, _, f in every]
     tables = {"cause": cause_rows(comparison), "erased": erasure_rows(comparison), "use": use_rows(comparison),
               "beside": beside_rows(comparison)}  # fmt: skip
@@ -46,7 +47,7 @@ def write_comparison_report(comparison: Comparison) -> tuple[Path, ...]:
     page = page_environment(escape=True).get_template("comparison.html.j2").render(
         before=run["before"], paragraphs=comparison.paragraphs(), figures=shown(forgetting),
         summary=summary_rows(comparison), drift={"figures": shown(drift)} if drift else None,
-        weights=weight_rows(comparison), retention=retention_rows(comparison),
+        weights=weight_rows(comparison), retention={"figures": shown(retention), "rows": retention_rows(comparison)},
         cause={"figures": shown(cause), "rows": tables["cause"], "erased": tables["erased"]},
         use={"figures": shown(use), "rows": tables["use"]},
         beside={"figures": shown(beside), "rows": tables["beside"]},
@@ -96,6 +97,21 @@ def _drift_figures(comparison: Comparison) -> list[tuple[str, str, Figure]]:
             assert figure is not None
             title = "similarity by hidden state" if kind == "drift" else "CKA of every pair of hidden states"
             figures.append((f"{kind}-{i}", f"{model}: {title}", figure))
+    return figures
+
+
+def _retention_figures(comparison: Comparison) -> list[tuple[str, str, Figure]]:
+    """Every model's hidden states through the lens, where one was asked for."""
+    table = comparison.retention
+    if table is None or not (table["head"] == "lens").any():
+        return []
+    from analysis.retention_displays import plot_lens
+
+    figures = []
+    for i, (model, own) in enumerate(table.groupby("model", sort=False)):
+        figure = plot_lens(own).get_figure(root=True)
+        assert figure is not None
+        figures.append((f"lens-{i}", f"{model}: what each hidden state says of the next token", figure))
     return figures
 
 

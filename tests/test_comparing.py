@@ -242,11 +242,20 @@ def test_retention_is_measured_with_the_original_head(tmp_path: Path) -> None:
         "tasks": [table_of(tmp_path)], "seeds": 1, "n_boot": 100, "controls": (), "out": tmp_path / "out",
         "cache_dir": tmp_path / "cache", "quiet": True, "drift": False,
     }  # fmt: skip
-    found = compare(str(tmp_path / "base"), [str(tmp_path / "tuned")], text=tmp_path / "text.txt", **options)
+    (tmp_path / "other.txt").write_text(" ".join(WORDS[::-1] * 10))
+    text: dict[str, Any] = {"text": tmp_path / "text.txt", "refit_on": tmp_path / "other.txt", "lens": True}
+    found = compare(str(tmp_path / "base"), [str(tmp_path / "tuned")], **text, **options)
     assert found.retention is not None
+    changes = found.retention[found.retention["measure"] == "lens_kl_bits"].set_index("hidden")["value"]
+    assert (changes[:3] == 0).all()  # block 2 changed, so hidden state 3
+    assert changes[3] > 0
     kl = found.retention[found.retention["measure"] == "kl_bits"]["value"].iloc[0]
     assert kl > 0
-    assert "Retention" in write_comparison_report(found)[0].read_text()
+    page = write_comparison_report(found)[0].read_text()
+    assert "Retention" in page
+    assert "what each hidden state says of the next token" in page
+    with pytest.raises(UsageError, match="give both refit_on and text"):
+        compare(str(tmp_path / "base"), [str(tmp_path / "tuned")], text=tmp_path / "text.txt", lens=True, **options)
     save_tiny("bert", tmp_path / "headless")
     with pytest.raises(ModelError, match="without a language-model head"):
         compare(str(tmp_path / "headless"), [str(tmp_path / "tuned")], text=tmp_path / "text.txt", **options)

@@ -75,6 +75,12 @@ def compare(
     refit_on: Annotated[
         Path | None, _option(_DATA, "--refit-on", help="Other running text, to re-fit the language-model head on.")
     ] = None,
+    lens: Annotated[
+        bool,
+        _option(
+            _RUN, "--lens", help="KL by hidden state through an affine lens, fitted on --refit-on, read on --text."
+        ),
+    ] = False,
     task: Annotated[
         str | None,
         _option(
@@ -158,7 +164,7 @@ def compare(
             labels=_listed(labels), controls=chosen, seeds=seeds,
             max_train=max_train, limit=limit, pooling=[p.strip() for p in pooling.split(",")], stack=stack,
             n_boot=n_boot, drift=drift, text=text, blimp=blimp, blimp_pairs=blimp_pairs or None,
-            refit_on=refit_on, data=given, cause_items=cause_items, use_items=use_items, erase=_listed(erase) or (),
+            refit_on=refit_on, lens=lens, data=given, cause_items=cause_items, use_items=use_items, erase=_listed(erase) or (),
             shapley=shapley, sequence=_listed(sequence), device=device, dtype=dtype, cache_dir=cache_dir,
             offline=offline, allow_pickle=allow_pickle, out=out, quiet=quiet,
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
