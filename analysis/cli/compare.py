@@ -78,7 +78,7 @@ def compare(
     lens: Annotated[
         bool,
         _option(
-            _RUN, "--lens", help="KL by hidden state through an affine lens, fitted on --refit-on, read on --text."
+            _RUN, "--lens", help="KL by hidden state through an affine lens: fitted on --refit-on, read on --text."
         ),
     ] = False,
     task: Annotated[
@@ -164,8 +164,8 @@ def compare(
             labels=_listed(labels), controls=chosen, seeds=seeds,
             max_train=max_train, limit=limit, pooling=[p.strip() for p in pooling.split(",")], stack=stack,
             n_boot=n_boot, drift=drift, text=text, blimp=blimp, blimp_pairs=blimp_pairs or None,
-            refit_on=refit_on, lens=lens, data=given, cause_items=cause_items, use_items=use_items, erase=_listed(erase) or (),
-            shapley=shapley, sequence=_listed(sequence), device=device, dtype=dtype, cache_dir=cache_dir,
+            refit_on=refit_on, lens=lens, data=given, cause_items=cause_items, use_items=use_items,
+            erase=_listed(erase) or (), shapley=shapley, sequence=_listed(sequence), device=device, dtype=dtype, cache_dir=cache_dir,
             offline=offline, allow_pickle=allow_pickle, out=out, quiet=quiet,
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         )  # fmt: skip
