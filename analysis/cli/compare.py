@@ -165,8 +165,8 @@ def compare(
             max_train=max_train, limit=limit, pooling=[p.strip() for p in pooling.split(",")], stack=stack,
             n_boot=n_boot, drift=drift, text=text, blimp=blimp, blimp_pairs=blimp_pairs or None,
             refit_on=refit_on, lens=lens, data=given, cause_items=cause_items, use_items=use_items,
-            erase=_listed(erase) or (), shapley=shapley, sequence=_listed(sequence), device=device, dtype=dtype, cache_dir=cache_dir,
-            offline=offline, allow_pickle=allow_pickle, out=out, quiet=quiet,
+            erase=_listed(erase) or (), shapley=shapley, sequence=_listed(sequence), device=device, dtype=dtype,
+            cache_dir=cache_dir, offline=offline, allow_pickle=allow_pickle, out=out, quiet=quiet,
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         )  # fmt: skip
     except KeyboardInterrupt:
