@@ -18,6 +18,9 @@ _PUBLIC = {
     "LocalizationTest": "analysis.localization",
     "suggest_strata": "analysis.suggestion",
     "StrataSuggestion": "analysis.suggestion",
+    "tradeoff": "analysis.tradeoff_folders",
+    "tradeoff_differences": "analysis.tradeoffs",
+    "tradeoff_table": "analysis.tradeoffs",
     "interpret": "analysis.interpretation",
     "write_report": "analysis.report",
 }

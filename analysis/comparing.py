@@ -162,10 +162,10 @@ def compare(
             sides[name] = replace(side, results=_results(side, quiet=quiet))
     forgetting, drifts, maps, weights = [], [], [], []
     facts: dict[str, dict[str, Any]] = {}
-    for name, side in sides.items():
+    for (name, side), reference in zip(sides.items(), references, strict=True):
         with timed(seconds, "forgetting"):
             forgetting += _forgetting(name, first, side, n_boot=n_boot, quiet=quiet)
-        facts[name] = _facts(first, side)
+        facts[name] = _facts(first, side, reference)
         if drift and first.plan is not None and side.plan is not None and side.comparable:
             with timed(seconds, "drift"):
                 table, heat = _drift(name, first, side)
@@ -322,10 +322,11 @@ def _weights(name: str, first: Side, side: Side) -> pd.DataFrame:
     return table.assign(model=name)[["model", *table.columns]]
 
 
-def _facts(first: Side, side: Side) -> dict[str, Any]:
+def _facts(first: Side, side: Side, reference: Any) -> dict[str, Any]:
     loaded = None if side.plan is None else side.plan.loaded
+    given = str(reference) if isinstance(reference, str | Path) else None
     return {
-        "reference": None if loaded is None else loaded.reference,
+        "reference": given if loaded is None else loaded.reference,
         "weights_digest": None if loaded is None else loaded.weights_digest,
         "adapter_digest": None if loaded is None else loaded.adapter_digest,
         "unchanged": side.unchanged,

@@ -122,3 +122,72 @@ def test_the_committed_page_of_the_masked_model_is_made_of_its_rows(
     load("masked_lm", tmp_path, monkeypatch).write_page()
     committed, made = (f / "README.md" for f in (RESULTS / "masked_lm", tmp_path))
     assert made.read_text(encoding="utf-8") == committed.read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------- remedies
+
+
+@pytest.fixture
+def remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script of remedies, with planted rows of four methods in a folder of the test's own."""
+    module = load("remedies_minilm", tmp_path, monkeypatch)
+    pd.DataFrame([{"items": 10, "accuracy": 0.75}]).to_csv(tmp_path / "first.csv", index=False)
+    planted = {"lora + kl 1": (180, 0.02), "lora": (180, 0.2), "head": (100, 0.0), "full": (120, 0.3)}
+    for seed in (1, 0):  # not in the page's order
+        for i, (method, (right, lost)) in enumerate(planted.items()):
+            losses = [
+                {"method": method, "seed": seed, "task": t, "hidden": 3, "pre": 0.9, "recoverable": 0.9 - lost,
+                 "lost": lost + 1e-3 * ((k + i) % 3), "p_layers": 1.0}
+                for k, t in enumerate((*module.TASKS, module.FIRST_TASK))
+            ]  # fmt: skip
+            run = {
+                "method": method, "seed": seed, "accuracy": right / 200, "first_accuracy": 0.5, "trainable": 1000 + i,
+                "learning_rate": 1e-3, "seconds": 5.0, "remedy_seconds_per_step": 0.25 * ("+" in method),
+            }  # fmt: skip
+            items = pd.DataFrame({"item": range(200), "right": [k < right for k in range(200)]})
+            module._add("runs.csv", pd.DataFrame([run]))
+            module._add("losses.csv", pd.DataFrame(losses))
+            module._add("items.parquet", items.assign(method=method, seed=seed))
+            gone = pd.DataFrame({"item": range(100), "lost": [int(k < 500 * lost) for k in range(100)]})
+            module._add("first_items.parquet", gone.assign(method=method, seed=seed))
+    return module
+
+
+def test_the_page_of_remedies_says_what_was_planted(remedies: ModuleType) -> None:
+    remedies.write_page()
+    text = (remedies.HERE / "README.md").read_text(encoding="utf-8")
+    at = [text.index(f"| {m} | 0.") for m in ("lora", "head", "full", "lora + kl 1")]
+    assert at == sorted(at)
+    found = (
+        "on the front in 95 % of draws: head, lora + kl 1; dominated: lora (by lora + kl 1), full (by lora); all others"
+    )
+    for of in ("the generated tasks", "SST-2"):
+        assert f"- By forgetting of {of}, {found} within noise." in text
+    (against,) = [line for line in text.splitlines() if line.startswith("- lora + kl 1 minus lora alone, points:")]
+    assert "score +0.0 [+0.0 +0.0], within noise; generated tasks lost -18.0 [" in against
+    assert "SST-2 lost -90.0 [" in against
+    assert "- Not run yet: bitfit, spafit-scaled-I, lora + l2sp 0.1," in text
+    assert "| lora + kl 1 | 0.880 ± 0.000 | 0.500 ± 0.000 | 1,000 | 5 | 0.25 |" in text
+    assert (remedies.HERE / "tradeoff.png").stat().st_size < 150_000
+
+
+def test_rows_that_are_there_are_not_made_again(remedies: ModuleType) -> None:
+    assert remedies._known("lora", 1)
+    assert not remedies._known("lora", 2)
+    assert not remedies._known("bitfit", 0)
+    before = pd.read_csv(remedies.HERE / "runs.csv")
+    remedies._add("runs.csv", before.iloc[:1])
+    after = pd.read_csv(remedies.HERE / "runs.csv")
+    key = ["method", "seed"]
+    pd.testing.assert_frame_equal(
+        before.sort_values(key).reset_index(drop=True), after.sort_values(key).reset_index(drop=True)
+    )
+
+
+def test_the_committed_page_of_remedies_is_made_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RESULTS / "remedies_minilm"
+    for file in [*folder.glob("*.csv"), *folder.glob("*.parquet")]:
+        shutil.copy(file, tmp_path / file.name)
+    load("remedies_minilm", tmp_path, monkeypatch).write_page()
+    committed, made = (f / "README.md" for f in (folder, tmp_path))
+    assert made.read_text(encoding="utf-8") == committed.read_text(encoding="utf-8")

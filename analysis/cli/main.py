@@ -17,6 +17,8 @@ from analysis.cli.glue import glue
 from analysis.cli.probe import EXAMPLES, probe
 from analysis.cli.report import report
 from analysis.cli.tasks import tasks_app
+from analysis.cli.tradeoff import EXAMPLES as TRADEOFF_EXAMPLES
+from analysis.cli.tradeoff import tradeoff
 from analysis.cli.train import EXAMPLES as TRAIN_EXAMPLES
 from analysis.cli.train import train
 from analysis.cli.use import evaluate, merge, predict
@@ -36,6 +38,7 @@ app.command("predict")(predict)
 app.command("merge")(merge)
 app.command("glue", epilog=GLUE_EXAMPLES)(glue)
 app.command("compare", epilog=COMPARE_EXAMPLES)(compare)
+app.command("tradeoff", epilog=TRADEOFF_EXAMPLES)(tradeoff)
 app.command("report")(report)
 app.command("cite")(cite)
 app.add_typer(tasks_app, name="tasks")
