@@ -178,7 +178,7 @@ def _marked(task: Task, item: dict[Any, Any]) -> str:
     if task.span_columns:
         shown = found.string
         marks = []
-        for column, (left, right) in zip(task.span_columns, ("[]", "{}"), strict=False):
+        for column, (left, right) in zip(task.span_columns, (("[", "]"), ("{", "}")), strict=False):
             start, end = found.spans[item[column]]
             marks += [(end, 0, -start, right), (start, 1, -end, left)]
         for at, _, _, mark in sorted(marks, reverse=True):  # from the right, so that positions stay what they are

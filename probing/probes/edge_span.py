@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -288,7 +288,7 @@ class _Layer:
             logits = (_pool(self.x, self.bags, attention) - mean) / scale @ weights + bias
             penalty = l2 / 2 * (weights.square().sum() + attention.square().sum())
             value = torch.nn.functional.cross_entropy(logits, target) + penalty
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             return value
 
         def now(steps: int, bits_mean: float) -> _Best:
@@ -307,7 +307,7 @@ class _Layer:
         best.bits_mean = mean_bits = marked = best.bits
         waited = 0
         for steps in range(STEPS_PER_LOOK, self.max_steps + 1, STEPS_PER_LOOK):
-            value = solver.step(objective)  # type: ignore[no-untyped-call]
+            value = solver.step(objective)
             if not bool(torch.isfinite(value)):
                 break
             here = now(steps, mean_bits)
@@ -345,12 +345,12 @@ def _joined(starts: Sequence[LinearProbeFit], fits: Sequence[_Best]) -> LinearPr
     """The label sets of one representation as one fit."""
     names = ("weights", "bias", "converged", "gap", "iterations")
     done = [_with(start, found) for start, found in zip(starts, fits, strict=True)]
-    together = {name: np.concatenate([getattr(d, name) for d in done], axis=1) for name in names}
+    together: dict[str, Any] = {name: np.concatenate([getattr(d, name) for d in done], axis=1) for name in names}
     return replace(done[0], **together, present=np.concatenate([d.present for d in done]))
 
 
 def _stacked(layers: Sequence[LinearProbeFit], l2: np.ndarray) -> LinearProbeFit:
     """The representations as one fit, each with its own penalty."""
     names = ("weights", "bias", "mean", "scale", "converged", "gap", "iterations")
-    together = {name: np.concatenate([getattr(layer, name) for layer in layers]) for name in names}
+    together: dict[str, Any] = {name: np.concatenate([getattr(layer, name) for layer in layers]) for name in names}
     return replace(layers[0], **together, l2=l2[:, None])

@@ -134,7 +134,7 @@ class Task:
     def digest(self) -> str:
         """SHA-256 over what determines the task's numbers: texts, spans, labels, splits, groups, control keys."""
         columns = (self.items[c].astype(str).str.cat(sep="\x1f") for c in ITEM_COLUMNS)
-        extra = () if self.kind == "classes" else (self.kind,)
+        extra: tuple[str, ...] = () if self.kind == "classes" else (self.kind,)
         second = (*self.span_columns, *self.text_columns)
         extra += tuple(self.items[c].astype(str).str.cat(sep="\x1f") for c in second if c not in ITEM_COLUMNS)
         return content_digest((self.name, self.unit, "\x1f".join(self.labels), self.corpus.digest, *columns, *extra))
