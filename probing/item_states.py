@@ -23,7 +23,7 @@ def rows_of_items(plan: ProbePlan, task: Task, store: ActivationStore) -> tuple[
     """
     needed = plan.needed[task.corpus.name]
     texts = texts_of_items(plan, task)
-    encoded = (texts >= 0).all(1)
+    encoded = np.all(texts >= 0, axis=1)
     if not task.span_columns:
         return texts, encoded
     spans = needed.span_of(task.items["text"].to_numpy()[:, None], task.items[list(task.span_columns)].to_numpy())

@@ -288,13 +288,14 @@ def _needed_texts(tasks: Sequence[Task], settings: ProbeSettings) -> dict[str, N
         own = [t for t in tasks if t.corpus.name == name]
         position = np.full(len(mask), -1, dtype=np.int64)
         position[mask] = np.arange(mask.sum())
-        texts, corpus = [], own[0].corpus
+        texts: list[Text] = []
+        corpus = own[0].corpus
         offsets = np.concatenate([[0], np.cumsum([len(t.spans) for t in corpus.texts])])
         kept = _needed_spans(own, corpus, offsets) & np.repeat(mask, np.diff(offsets))
         for i in np.flatnonzero(mask):
-            text, keep = corpus.texts[i], kept[offsets[i] : offsets[i + 1]]
-            spans = tuple(span for span, k in zip(text.spans, keep, strict=True) if k)
-            texts.append(text if keep.all() else replace(text, spans=spans))
+            whole, keep = corpus.texts[i], kept[offsets[i] : offsets[i + 1]]
+            spans = tuple(span for span, k in zip(whole.spans, keep, strict=True) if k)
+            texts.append(whole if keep.all() else replace(whole, spans=spans))
         before = np.concatenate([[0], np.cumsum(kept)])
         spans_at = np.where(kept, before[:-1] - np.repeat(before[offsets[:-1]], np.diff(offsets)), -1)
         needed[name] = NeededTexts(tuple(texts), position, spans_at, offsets)
