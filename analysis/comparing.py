@@ -293,7 +293,7 @@ def side_states(
     n = len(first.plan.needed[corpus].texts)
     texts = np.sort(generator(0, "drift sentences").permutation(n)[:most])
     pooling = first.plan.config.pooling[0]
-    sentences = any(t.unit != "word" for t in first.plan.tasks if t.corpus.name == corpus)
+    sentences = any(not t.span_columns for t in first.plan.tasks if t.corpus.name == corpus)
     if sentences:
         rows, groups = texts, texts
     else:

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.alignment import Alignment, fit_alignment
+from probing.item_states import item_states, rows_of_items
 from probing.planning import ProbePlan, extraction_options
 from probing.results import ProbeResults
-from probing.running import rows_of_items
 from probing.tasks.base import Task
 from probing.transfer import StoredProbe, stored_probes
 from spafit.errors import DataError
@@ -249,15 +249,15 @@ def _fill_transferred(
             reasons[k] = "the tokenizers leave different items without a state"
         return
     probes = stored_probes(first.folder, task, first.plan.settings, usable=usable, site="block", pooling=pooling)
-    read = theirs.words if task.unit == "word" else theirs.sentences
     for k, h in changed:
-        states = read(pooling, hidden=h, rows=new_rows[test])
+        states = item_states(task, theirs, new_rows[test], pooling=pooling, hidden=h)
         _fill(values, 1, k, probes, h, states, test)
         alignment = _alignment(first, side, task, pooling, h)
         if isinstance(alignment, str):
             reasons[k] = alignment
         else:
-            _fill(values, 2, k, probes, h, alignment.apply(states), test)
+            aligned = item_states(task, theirs, new_rows[test], pooling=pooling, hidden=h, each=alignment.apply)
+            _fill(values, 2, k, probes, h, aligned, test)
 
 
 def _fill(
@@ -275,7 +275,7 @@ def _fill(
 
 def _alignment(first: Side, side: Side, task: Task, pooling: str, hidden: int) -> Alignment | str:
     """The rigid map of one hidden state, fitted on training sentences of the corpus, or why there is none."""
-    key = (task.corpus.name, "word" if task.unit == "word" else "sentence", pooling, hidden)
+    key = (task.corpus.name, "word" if task.span_columns else "sentence", pooling, hidden)
     if key not in side.alignments:
         side.alignments[key] = _fit_alignment(first, side, key)
     return side.alignments[key]
@@ -289,8 +289,9 @@ def _fit_alignment(first: Side, side: Side, key: AlignmentKey) -> Alignment | st
     free = np.ones(len(needed.texts), dtype=bool)
     for task in first.plan.tasks:
         if task.corpus.name == corpus:
-            scored = task.items.loc[task.items["split"] != "train", "text"].to_numpy()
-            free[needed.position[scored]] = False
+            for column in task.text_columns:
+                scored = task.items.loc[task.items["split"] != "train", column].to_numpy()
+                free[needed.position[scored]] = False
     texts = np.flatnonzero(free)
     if unit == "word":
         offsets = stores[0].word_offsets

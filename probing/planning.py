@@ -16,7 +16,7 @@ from probing.config import ProbeConfig
 from probing.earlier import check_same_run, find_run
 from probing.fitting import ProbeSettings, training_rows
 from probing.parts import is_finished
-from probing.tasks.base import ITEM_COLUMNS, Task, Text
+from probing.tasks.base import ITEM_COLUMNS, SPAN_UNITS, Corpus, Task, Text
 from spafit import io
 from spafit.errors import DataError, OutputError, TaskError, UsageError
 from spafit.runtime import pick_device, torch_dtype
@@ -36,10 +36,23 @@ STACK_NAMES = ("encoder", "decoder", "text", "vision")
 
 @dataclass(frozen=True)
 class NeededTexts:
-    """The texts of one corpus that a run encodes; ``position`` maps the whole corpus to them (-1: not encoded)."""
+    """The texts of one corpus that a run encodes, with the spans that it needs.
+
+    Attributes:
+        texts: the texts.
+        position: position in ``texts`` of each text of the corpus, -1 if it is not encoded.
+        spans: position in its encoded text of each span of the corpus, text after text, -1 if it is not encoded.
+        span_offsets: where each text's spans begin in ``spans``, shape (texts of the corpus + 1,).
+    """
 
     texts: tuple[Text, ...]
     position: np.ndarray = field(repr=False)
+    spans: np.ndarray = field(repr=False)
+    span_offsets: np.ndarray = field(repr=False)
+
+    def span_of(self, text: np.ndarray, span: np.ndarray) -> np.ndarray:
+        """Position among the encoded spans of ``span`` of ``text``, both as the corpus counts; -1 if not encoded."""
+        return self.spans[self.span_offsets[text] + span]
 
 
 @dataclass(frozen=True)
@@ -263,28 +276,45 @@ def _needed_texts(tasks: Sequence[Task], settings: ProbeSettings) -> dict[str, N
     masks: dict[str, np.ndarray] = {}
     for task in tasks:
         mask = masks.setdefault(task.corpus.name, np.zeros(len(task.corpus.texts), dtype=bool))
-        text = task.items["text"].to_numpy()
-        for rows in (
-            np.flatnonzero((task.items["split"] != "train").to_numpy()),
-            *training_rows(task, settings).values(),
-        ):
-            mask[text[rows]] = True
-    corpora = {t.corpus.name: t.corpus for t in tasks}
-    with_words = {t.corpus.name for t in tasks if t.unit == "word"}
+        for column in task.text_columns:
+            text = task.items[column].to_numpy()
+            for rows in (
+                np.flatnonzero((task.items["split"] != "train").to_numpy()),
+                *training_rows(task, settings).values(),
+            ):
+                mask[text[rows]] = True
     needed = {}
     for name, mask in masks.items():
+        own = [t for t in tasks if t.corpus.name == name]
         position = np.full(len(mask), -1, dtype=np.int64)
         position[mask] = np.arange(mask.sum())
-        texts = [corpora[name].texts[i] for i in np.flatnonzero(mask)]
-        if name not in with_words:  # word states would be stored for nobody
-            texts = [t if not t.spans else replace(t, spans=()) for t in texts]
-        needed[name] = NeededTexts(tuple(texts), position)
+        texts: list[Text] = []
+        corpus = own[0].corpus
+        offsets = np.concatenate([[0], np.cumsum([len(t.spans) for t in corpus.texts])])
+        kept = _needed_spans(own, corpus, offsets) & np.repeat(mask, np.diff(offsets))
+        for i in np.flatnonzero(mask):
+            whole, keep = corpus.texts[i], kept[offsets[i] : offsets[i + 1]]
+            spans = tuple(span for span, k in zip(whole.spans, keep, strict=True) if k)
+            texts.append(whole if keep.all() else replace(whole, spans=spans))
+        before = np.concatenate([[0], np.cumsum(kept)])
+        spans_at = np.where(kept, before[:-1] - np.repeat(before[offsets[:-1]], np.diff(offsets)), -1)
+        needed[name] = NeededTexts(tuple(texts), position, spans_at, offsets)
     return needed
+
+
+def _needed_spans(tasks: Sequence[Task], corpus: Corpus, offsets: np.ndarray) -> np.ndarray:
+    """Which spans of a corpus are stored: all of them where only words are probed, else those of some item."""
+    units = {task.unit for task in tasks}
+    kept = np.full(offsets[-1], "word" in units and not units & {"span", "span-pair"})
+    for task in tasks:
+        for column in task.span_columns:
+            kept[offsets[task.items["text"].to_numpy()] + task.items[column].to_numpy()] = True
+    return kept
 
 
 def extraction_options(config: ProbeConfig, tasks: Sequence[Task], corpus: str) -> dict[str, Any]:
     """What extraction and its plan must agree on for one corpus."""
-    units = {t.unit == "word" for t in tasks if t.corpus.name == corpus}
+    units = {t.unit in SPAN_UNITS for t in tasks if t.corpus.name == corpus}
     options: dict[str, Any] = {
         "sites": config.sites,
         "word_pooling": config.pooling if True in units else (),

@@ -15,12 +15,13 @@ from probing.tasks.base import LEVELS, Level, Task
 from spafit.errors import ConfigError, SpafitError, TaskError, UnknownTaskError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    from probing.tasks.spans import SpanSource
     from probing.tasks.treebank import Treebank
 
 TaskFactory = Callable[[], Task | Sequence[Task]]
 
 #: Prefixes of references that read files or data sets.
-PREFIXES = ("conllu:", "senteval:", "table:", "hub:")
+PREFIXES = ("conllu:", "senteval:", "table:", "hub:", "edges:", "iob:", "propbank:")
 #: Columns of :func:`list_tasks`.
 LIST_COLUMNS = ("name", "kind", "level", "unit", "classes", "train", "dev", "test", "description", "licence")
 
@@ -86,6 +87,10 @@ def load_tasks(references: Sequence[str], *, levels: Mapping[str, str] | Path | 
     * ``senteval:PATH#name,name``: a SentEval file or folder (:func:`probing.tasks.senteval.senteval_tasks`);
     * ``table:PATH,text=…,label=…``: TSV, CSV, JSON lines or parquet (:func:`probing.tasks.columns.table_tasks`);
     * ``hub:NAME,text=…,label=…``: a data set of the ``datasets`` library (:func:`probing.tasks.hub.hub_tasks`);
+    * ``edges:PATH``: labelled spans in edge probing's JSON lines (:func:`probing.tasks.edges.edge_tasks`);
+    * ``iob:PATH#spans,tags``: entities or other chunks in IOB2 (:func:`probing.tasks.iob.iob_tasks`);
+    * ``propbank:PATH#constituents,roles``: parsed sentences with predicates
+      (:func:`probing.tasks.propbank.propbank_tasks`);
     * a ``.yaml`` file that maps levels to lists of references, ``surface: [core.length, …]``, and files their tasks
       under those levels. Paths in it are relative to its folder.
 
@@ -169,17 +174,21 @@ def _starts_reference(piece: str) -> bool:
 
 
 class _Loader:
-    """Resolves references; a treebank that several of them name is read once."""
+    """Resolves references; what several of them name is read once."""
 
     def __init__(self) -> None:
         self._treebanks: dict[Path, Treebank] = {}
+        self._spans: dict[tuple[str, Path], SpanSource] = {}
 
     def load(self, reference: str, *, base: Path) -> list[Task]:
         prefix, colon, body = reference.partition(":")
         if f"{prefix}:" in PREFIXES:
             if not body:
                 raise TaskError(f"{reference!r}: what to read is missing after the colon.")
-            readers = {"conllu": self._conllu, "senteval": self._senteval, "table": self._table, "hub": self._hub}
+            readers: dict[str, Callable[[str, Path], list[Task]]] = {
+                "conllu": self._conllu, "senteval": self._senteval, "table": self._table, "hub": self._hub,
+                "edges": self._edges, "iob": self._iob, "propbank": self._propbank,
+            }  # fmt: skip
             return readers[prefix](body, base)
         if reference.endswith((".yaml", ".yml")):
             return self._grouped(base / Path(reference).expanduser())
@@ -214,6 +223,29 @@ class _Loader:
         from probing.tasks.hub import hub_tasks
 
         return hub_tasks(body, base=base)
+
+    def _edges(self, body: str, base: Path) -> list[Task]:
+        from probing.tasks.edges import edge_tasks
+
+        return edge_tasks(base / Path(body).expanduser())
+
+    def _iob(self, body: str, base: Path) -> list[Task]:
+        from probing.tasks.iob import iob_tasks, read_iob
+
+        path, names = _path_and_names(body, base)
+        return iob_tasks(self._read_once("iob", path, read_iob), names)
+
+    def _propbank(self, body: str, base: Path) -> list[Task]:
+        from probing.tasks.propbank import propbank_tasks, read_propbank
+
+        path, names = _path_and_names(body, base)
+        return propbank_tasks(self._read_once("propbank", path, read_propbank), names)
+
+    def _read_once(self, prefix: str, path: Path, read: Callable[[Path], SpanSource]) -> SpanSource:
+        key = prefix, path.resolve()
+        if key not in self._spans:
+            self._spans[key] = read(path)
+        return self._spans[key]
 
     def _grouped(self, path: Path) -> list[Task]:
         """Tasks of a YAML file, each under the level that it stands below."""

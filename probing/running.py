@@ -15,6 +15,7 @@ import pandas as pd
 from probing.config import Overwrite, ProbeConfig, seed_numbers
 from probing.earlier import clear_run
 from probing.fitting import States, TaskFit, fit_task
+from probing.item_states import item_states, rows_of_items, texts_of_items
 from probing.parts import is_finished, read_part, write_part
 from probing.planning import ProbePlan, extraction_options, plan_probing, timed
 from probing.results import ProbeResults, summary_table
@@ -257,25 +258,25 @@ def _probe_one(
 ) -> list[str]:
     """Fit, score and save one task; returns notes on what was left out."""
     own = stores[None, task.corpus.name]
-    words = task.unit == "word"
-    text = plan.needed[task.corpus.name].position[task.items["text"].to_numpy()]
-    encoded = text >= 0  # the others are training items that no seed drew
+    texts = texts_of_items(plan, task)
+    encoded = (texts >= 0).all(1)  # the others are training items that no seed drew
     rows, usable = rows_of_items(plan, task, own)
     notes = []
-    if words and (usable < encoded).any():
+    if (usable < encoded).any():
+        what = "word" if task.unit == "word" else "item"
         notes.append(
-            f"{int((usable < encoded).sum())} word(s) beyond the model's window, or without tokens, were left out"
+            f"{int((usable < encoded).sum())} {what}(s) beyond the model's window, or without tokens, were left out"
         )
-    elif own.truncated[text[encoded]].any():
-        cut = np.unique(text[encoded][own.truncated[text[encoded]]])
-        notes.append(f"{len(cut)} text(s) were cut at the model's window")
+    elif own.truncated[texts[encoded]].any():
+        notes.append(f"{int(own.truncated[np.unique(texts[encoded])].sum())} text(s) were cut at the model's window")
     scores, items, weights = [], [], {}
     for site in plan.config.sites:
         for pooling in plan.config.pooling:
 
             def reader(store: ActivationStore, site: str = site, pooling: str = pooling) -> States:
-                read = store.words if words else store.sentences
-                return lambda hidden, positions: read(pooling, hidden=hidden, site=site, rows=rows[positions])
+                return lambda hidden, positions: item_states(
+                    task, store, rows[positions], pooling=pooling, hidden=hidden, site=site
+                )
 
             present = [h for h in plan.hidden if h in own.hidden_of(site)]
             with timed(seconds, "fit probes"):
@@ -320,16 +321,6 @@ def _probe_one(
             notes=notes,
         )
     return notes
-
-
-def rows_of_items(plan: ProbePlan, task: Task, store: ActivationStore) -> tuple[np.ndarray, np.ndarray]:
-    """Row of each of a task's items in a store, and whether there is a state for it; both of shape (items,)."""
-    text = plan.needed[task.corpus.name].position[task.items["text"].to_numpy()]
-    encoded = text >= 0
-    if task.unit != "word":
-        return text, encoded
-    rows = store.word_offsets[text] + task.items["span"].to_numpy()
-    return rows, store.word_valid[np.where(encoded, rows, 0)] & encoded
 
 
 def _collect(plan: ProbePlan, run: dict[str, Any], status: dict[str, dict[str, Any]]) -> ProbeResults | None:

@@ -14,6 +14,7 @@ from analysis.cli.tasks import tasks_app
 from probing import registry
 from spafit.errors import DataError, TaskError, UsageError
 from tests.paths import ROOT
+from tests.span_fixtures import edge, json_lines
 from tests.test_conllu import A, B, conllu, folder
 from tests.test_registry import toy
 
@@ -66,6 +67,30 @@ def test_rows_mark_the_word_and_show_both_texts_of_a_pair(tmp_path):
     assert row == {"task": "p", "item": "row:2", "label": "1", "text": "x  ||  y"}
     with pytest.raises(UsageError, match=r"'toy.tense' has no split 'seen'; it has train, dev, test"):
         run("rows", "toy.tense", "--split", "seen")
+
+
+def test_rows_mark_both_spans_and_name_several_labels(tmp_path):
+    nested = edge("Ian ate ice cream", ((1, 4), (2, 4), ["food", "cold"]), ((1, 2), (0, 1), []))
+    json_lines(tmp_path / "e.jsonl", *[nested] * 2, *(edge(f"x y{i}", ((0, 1), (1, 2), ["food"])) for i in range(20)))
+    found = json.loads(run("rows", f"edges:{tmp_path}/e.jsonl", "-n", "2", "--json"))
+    assert [(row["item"], row["label"], row["text"]) for row in found] == [
+        ("line:1:2|1", "", "{Ian} [ate] ice cream"),
+        ("line:1:2-4|3-4", "cold; food", "Ian [ate {ice cream}]"),
+    ]
+    (described,) = json.loads(run("show", f"edges:{tmp_path}/e.jsonl", "--json"))
+    assert (described["unit"], described["kind"]) == ("span-pair", "multilabel")
+    assert "chance" not in described  # of several labels there is no commonest one
+    (tmp_path / "p.csv").write_text("a,b,y,s\nx,y,1,train\nu,v,0,train\nw,z,0,dev\nq,r,1,test\n")
+    reference = f"table:{tmp_path}/p.csv,text=a,text2=b,label=y,split=s,pairs=features"
+    (row,) = json.loads(run("rows", reference, "-n", "1", "--json"))
+    assert row["text"] == "x  ||  y"
+
+
+def test_validate_reports_ill_formed_tags(tmp_path):
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"{split}.iob2").write_text("Ann\tB-PER\nin\tO\nRome\tI-LOC\n")
+    text = run("validate", f"iob:{tmp_path}#spans")
+    assert "    note: 3 ill-formed tag(s): I- without a chunk of its type before it, the first at train.iob2:3" in text
 
 
 def test_validate_reports_sizes_and_fails_with_the_readers_sentence(tmp_path):

@@ -105,8 +105,8 @@ def test_readings_are_the_scores_of_the_probing_runs(found: Comparison) -> None:
 def test_stored_probes_score_their_own_states_as_the_run_did(models: dict[str, Any], found: Comparison) -> None:
     from analysis.readings import Side, _Arrays
     from probing.config import ProbeConfig
+    from probing.item_states import rows_of_items
     from probing.planning import plan_probing
-    from probing.running import rows_of_items
     from probing.transfer import stored_probes
 
     config = json.loads((found.folder / "before" / "run.json").read_text())["config"]
@@ -123,7 +123,7 @@ def test_stored_probes_score_their_own_states_as_the_run_did(models: dict[str, A
     for control in {c for c, _, _ in probes}:
         expected = arrays.of(control)
         for i, seed in enumerate(sorted({s for c, s, _ in probes if c == control})):
-            states = store.sentences("mean", hidden=3, rows=rows[test])
+            states = store.sentences("mean", hidden=3, rows=rows[test, 0])
             for m, got in enumerate(probes[control, seed, 3].scores(states, test)):
                 assert np.allclose(got, expected[m, i, 3], atol=1e-5)
 

@@ -164,3 +164,12 @@ def test_pairs_of_spans_point_into_their_text():
         change(task, span2=3).validate()
     with pytest.raises(TaskError, match="need the column span2"):
         replace(make_task(), unit="span-pair").validate()
+
+
+def test_pairs_of_texts_encoded_alone_point_into_the_corpus():
+    task = replace(change(make_task(), span=-1, text2=0), unit="pair")
+    assert task.validate().text_columns == ("text", "text2")
+    assert task.digest != change(task, text2=1).digest
+    assert replace(task, items=task.items.drop(columns="text2")).text_columns == ("text",)
+    with pytest.raises(TaskError, match="column 'text2' points outside"):
+        change(task, text2=10_000).validate()

@@ -18,14 +18,14 @@ tasks_app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_SHOWN = ("item", "label", "text", "span")
 _JSON = typer.Option("--json", help="Print JSON for programs.")
 _Reference = Annotated[
     str,
     typer.Argument(
         metavar="REF",
         help="A registered name or group, conllu:PATH#NAMES, senteval:PATH#NAMES, table:PATH,text=COLUMN,label=COLUMN, "
-        "hub:NAME,text=COLUMN,label=COLUMN, or a .yaml file that groups references by level. Several: with commas.",
+        "hub:NAME,text=COLUMN,label=COLUMN, edges:PATH, iob:PATH#spans,tags, propbank:PATH#constituents,roles, or a "
+        ".yaml file that groups references by level. Several: with commas.",
     ),
 ]
 
@@ -100,11 +100,11 @@ def rows(
         found += [
             {
                 "task": task.name,
-                "item": item,
-                "label": task.labels[label],
-                "text": _marked(task, text, span),
+                "item": item["item"],
+                "label": _label(task, item["label"]),
+                "text": _marked(task, item),
             }
-            for item, label, text, span in zip(*(items[c].tolist() for c in _SHOWN), strict=True)
+            for item in items.to_dict("records")
         ]
     if json:
         _print_json(found)
@@ -139,15 +139,17 @@ def _describe(task: Task) -> dict[str, Any]:
     items = task.items
     test = items[items["split"] == task.test_splits[0]]["label"]
     commonest = items.loc[items["split"] == "train", "label"].mode().iloc[0]
+    chance = {"chance": round(float((test == commonest).mean()), 4)} if task.kind == "classes" else {}
     return {
         "name": task.name,
         "description": task.description,
         "level": task.level,
         "unit": task.unit,
+        "kind": task.kind,
         "items": _sizes(task),
         "texts": len(task.corpus.texts),
         "classes": list(task.labels),
-        "chance": round(float((test == commonest).mean()), 4),
+        **chance,
         "source": task.source,
         "licence": task.licence,
         "citation": task.citation,
@@ -162,12 +164,28 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _marked(task: Task, text: int, span: int) -> str:
-    found = task.corpus.texts[text]
-    if span >= 0:
-        start, end = found.spans[span]
-        return f"{found.string[:start]}[{found.string[start:end]}]{found.string[end:]}"
-    return found.string if found.second is None else f"{found.string}  ||  {found.second}"
+def _label(task: Task, label: Any) -> str:
+    """What an item's label stands for: a class, several between semicolons, or a number."""
+    if task.kind == "number":
+        return f"{label:g}"
+    positions = [int(i) for i in label.split(",") if i] if task.kind == "multilabel" else [label]
+    return "; ".join(task.labels[i] for i in positions)
+
+
+def _marked(task: Task, item: dict[Any, Any]) -> str:
+    """The text with the item's span in brackets (a second one in braces), or both texts of a pair."""
+    found = task.corpus.texts[item["text"]]
+    if task.span_columns:
+        shown = found.string
+        marks = []
+        for column, (left, right) in zip(task.span_columns, (("[", "]"), ("{", "}")), strict=False):
+            start, end = found.spans[item[column]]
+            marks += [(end, 0, -start, right), (start, 1, -end, left)]
+        for at, _, _, mark in sorted(marks, reverse=True):  # from the right, so that positions stay what they are
+            shown = shown[:at] + mark + shown[at:]
+        return shown
+    second = task.corpus.texts[item["text2"]].string if "text2" in item else found.second
+    return found.string if second is None else f"{found.string}  ||  {second}"
 
 
 def _print_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> None:

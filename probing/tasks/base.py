@@ -81,9 +81,9 @@ class Task:
     Attributes:
         name: unique in a run, for example ``core.tense`` or ``ewt.upos``.
         level: the linguistic level the task is filed under; an assumption that users can regroup.
-        unit: ``word`` (one span that is a word), ``sentence`` (a whole text), ``pair`` (a text with a second segment),
-            ``span`` (one span of any length) or ``span-pair`` (two spans of one text, in the columns ``span`` and
-            ``span2``).
+        unit: ``word`` (one span that is a word), ``sentence`` (a whole text), ``pair`` (a text with a second segment;
+            or, where the items have the column ``text2``, two texts that are encoded each alone), ``span`` (one span of
+            any length) or ``span-pair`` (two spans of one text, in the columns ``span`` and ``span2``).
         labels: class names, which ``items.label`` indexes; empty for numbers.
         corpus: the texts.
         items: one row per item with the columns of :data:`ITEM_COLUMNS`: ``item`` (unique string id),
@@ -120,12 +120,23 @@ class Task:
         found = sorted(set(self.items["split"].unique()) - {"train", "dev"})
         return tuple(sorted(found, key=lambda s: (s not in ("test", "seen"), s)))
 
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Columns of the texts that are encoded for an item: two for pairs whose texts are encoded each alone."""
+        return ("text", "text2") if self.unit == "pair" and "text2" in self.items.columns else ("text",)
+
+    @property
+    def span_columns(self) -> tuple[str, ...]:
+        """Columns of the spans that an item points to; none for whole texts."""
+        return () if self.unit not in SPAN_UNITS else ("span", "span2") if self.unit == "span-pair" else ("span",)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over what determines the task's numbers: texts, spans, labels, splits, groups, control keys."""
         columns = (self.items[c].astype(str).str.cat(sep="\x1f") for c in ITEM_COLUMNS)
         extra: tuple[str, ...] = () if self.kind == "classes" else (self.kind,)
-        extra += (self.items["span2"].astype(str).str.cat(sep="\x1f"),) if self.unit == "span-pair" else ()
+        second = (*self.span_columns, *self.text_columns)
+        extra += tuple(self.items[c].astype(str).str.cat(sep="\x1f") for c in second if c not in ITEM_COLUMNS)
         return content_digest((self.name, self.unit, "\x1f".join(self.labels), self.corpus.digest, *columns, *extra))
 
     def regroup(self, level: Level) -> Task:
@@ -161,16 +172,16 @@ class Task:
             raise TaskError(f"Task {self.name!r}: item id {first!r} occurs twice; ids must be unique.")
         self._validate_labels()
         text, span = items["text"].to_numpy(), items["span"].to_numpy()
-        if text.min() < 0 or text.max() >= len(self.corpus.texts):
-            raise TaskError(
-                f"Task {self.name!r}: column 'text' points outside the corpus of {len(self.corpus.texts)} texts."
-            )
+        for column in self.text_columns:
+            if items[column].min() < 0 or items[column].max() >= len(self.corpus.texts):
+                size = len(self.corpus.texts)
+                raise TaskError(f"Task {self.name!r}: column {column!r} points outside the corpus of {size} texts.")
         lengths = np.array([len(t.spans) for t in self.corpus.texts])
-        for column in ("span", "span2")[: 2 if self.unit == "span-pair" else 1]:
+        for column in self.span_columns:
             if column not in items:
                 raise TaskError(f"Task {self.name!r}: items of a span-pair task need the column {column}.")
             at = items[column].to_numpy()
-            if self.unit in SPAN_UNITS and ((at < 0) | (at >= lengths[text])).any():
+            if ((at < 0) | (at >= lengths[text])).any():
                 raise TaskError(f"Task {self.name!r}: column {column!r} points outside its text's spans.")
         if self.unit not in SPAN_UNITS and (span != -1).any():
             raise TaskError(f"Task {self.name!r}: items of a {self.unit} task must have span -1.")

@@ -45,6 +45,8 @@ class Options:
     Attributes:
         text: column of the text: a string, or a list of words.
         text2: column of the second text of a pair.
+        pairs: how the two texts of a pair are read: ``cross`` (as one input, so that each is seen in the light of the
+            other) or ``features`` (each alone; the probe gets [u; v; |u − v|; u · v] of their states).
         label: column of the label; lists, one label per word, make it a token classification.
         split: column that tells the split, in a single table.
         group: column whose value clusters items for the intervals (a document); by default equal texts form a cluster.
@@ -62,6 +64,7 @@ class Options:
 
     text: str = ""
     text2: str = ""
+    pairs: str = "cross"
     label: str = ""
     split: str = ""
     group: str = ""
@@ -109,7 +112,13 @@ def parse_options(reference: str, body: str, *, forbidden: Sequence[str]) -> tup
             raise TaskError(f"{reference!r}: option {key!r} {'is given twice' if key in given else 'has no value'}.")
         given[key] = value
     options = Options(**given)
-    choices = {"unit": ("", *UNITS), "level": LEVELS, "header": ("", "yes", "no"), "quoting": get_args(Quoting)}
+    choices = {
+        "unit": ("", *UNITS),
+        "pairs": ("cross", "features"),
+        "level": LEVELS,
+        "header": ("", "yes", "no"),
+        "quoting": get_args(Quoting),
+    }
     for key, values in choices.items():
         if getattr(options, key) not in values:
             raise TaskError(
@@ -117,6 +126,8 @@ def parse_options(reference: str, body: str, *, forbidden: Sequence[str]) -> tup
             )
     if not target or not options.text or not options.label:
         raise TaskError(f"{reference!r}: a path (or name), text=COLUMN and label=COLUMN are needed.")
+    if options.pairs == "features" and not options.text2:
+        raise TaskError(f"{reference!r}: pairs=features needs a second text; give text2=COLUMN.")
     if options.split and options.files:
         raise TaskError(f"{reference!r}: give either split= or train=, dev= and test=, not both.")
     return target, options
@@ -262,13 +273,16 @@ def task_from_parts(parts: Sequence[Part], options: Options, *, name: str, sourc
         columns=["item", "text", "span", "label", "split", "group", "control"],
     )
     notes += overlap_notes(items, "text(s)")
+    corpus = Corpus(name, tuple(position))
+    if options.pairs == "features":
+        corpus, items = _texts_alone(corpus, items)
     what = {"word": "Label of a word", "sentence": "Label of a text", "pair": "Label of a pair of texts"}[unit]
     return Task(
         name=name,
         level=cast(Level, options.level),
         unit=unit,
         labels=classes,
-        corpus=Corpus(name, tuple(position)),
+        corpus=corpus,
         items=items,
         description=f"{what} (column {options.label!r} of {source}).",
         source=source,
@@ -276,6 +290,15 @@ def task_from_parts(parts: Sequence[Part], options: Options, *, name: str, sourc
         citation="see the data's source",
         notes=tuple(notes),
     ).validate()
+
+
+def _texts_alone(pairs: Corpus, items: pd.DataFrame) -> tuple[Corpus, pd.DataFrame]:
+    """The corpus of the single texts of some pairs, and the items with the columns ``text`` and ``text2``."""
+    position: dict[str, int] = {}
+    first = [position.setdefault(t.string, len(position)) for t in pairs.texts]
+    second = [position.setdefault(cast(str, t.second), len(position)) for t in pairs.texts]
+    items = items.assign(text=[first[i] for i in items["text"]], text2=[second[i] for i in items["text"]])
+    return Corpus(pairs.name, tuple(Text(string) for string in position)), items
 
 
 def _unlabelled(part: Part, column: str) -> bool:
