@@ -20,6 +20,8 @@ import numpy as np
 
 from probing.probes.fitted import FamilyFit, FittedProbe
 from probing.probes.linear import DEFAULT_L2, fit_selected
+from probing.probes.lowrank import fit_low_rank_probes
+from probing.probes.mlp import fit_mlp_probes
 from probing.probes.outputs import absent_outputs, fixed_log_odds
 from probing.probes.ridge import RIDGE_L2, fit_ridge_probes
 from probing.tasks.base import Kind, Task
@@ -169,8 +171,105 @@ def _columns(targets: np.ndarray) -> np.ndarray:
     return targets.transpose(0, 2, 1).reshape(-1, targets.shape[1]).astype(np.int64)
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """Logistic regression with weights of a small rank.
+
+    Attributes:
+        rank: number of directions of a state that are read.
+    """
+
+    rank: int
+
+    @property
+    def name(self) -> str:
+        """``low-rank:R``."""
+        return f"low-rank:{self.rank}"
+
+    def check(self, task: Task, width: int | None) -> None:
+        """See :meth:`Family.check`: numbers have one output, and the rank goes up to the outputs and the width."""
+        if task.kind == "number":
+            raise UsageError(
+                f"--probe {self.name}: task {task.name!r} predicts one number, whose weights have rank 1 in any case. "
+                "Use linear."
+            )
+        limits = (len(task.labels), f"the number of labels of task {task.name!r}"), (width, "the states' width")
+        for size, of in limits:
+            if size is not None and self.rank > size:
+                raise UsageError(
+                    f"--probe {self.name}: rank {self.rank} is above {of} ({size}). Use low-rank:{size} or less."
+                )
+
+    def cost(self, n: int, width: int, outputs: int) -> float:
+        """The linear fit that it starts from, and as many passes again."""
+        return 300.0 * n * width * outputs + 1000.0 * n * width * self.rank
+
+    def fit(
+        self,
+        x_train: np.ndarray | torch.Tensor,
+        targets: np.ndarray,
+        x_dev: np.ndarray | torch.Tensor,
+        targets_dev: np.ndarray,
+        *,
+        kind: Kind,
+        n_classes: int,
+        l2: Sequence[float] | None,
+        seed: int,
+        device: str,
+    ) -> FamilyFit:
+        """See :meth:`Family.fit`; nothing is drawn."""
+        return fit_low_rank_probes(
+            x_train, targets, x_dev, targets_dev, rank=self.rank, kind=kind, n_classes=n_classes,
+            l2_grid=l2 or DEFAULT_L2, device=device,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """One hidden layer of rectified linear units.
+
+    Attributes:
+        width: number of units.
+        dropout: probability that a unit is dropped for an item in training.
+    """
+
+    width: int
+    dropout: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """``mlp:W`` or ``mlp:W,dropout=P``."""
+        return f"mlp:{self.width}" + (f",dropout={self.dropout:g}" if self.dropout else "")
+
+    def check(self, task: Task, width: int | None) -> None:
+        """Every task and width will do."""
+
+    def cost(self, n: int, width: int, outputs: int) -> float:
+        """Products forwards and back of about thirty passes over the items."""
+        return 200.0 * n * self.width * (width + outputs)
+
+    def fit(
+        self,
+        x_train: np.ndarray | torch.Tensor,
+        targets: np.ndarray,
+        x_dev: np.ndarray | torch.Tensor,
+        targets_dev: np.ndarray,
+        *,
+        kind: Kind,
+        n_classes: int,
+        l2: Sequence[float] | None,
+        seed: int,
+        device: str,
+    ) -> FamilyFit:
+        """See :meth:`Family.fit`; penalties are not read: training stops early instead."""
+        return fit_mlp_probes(
+            x_train, targets, x_dev, targets_dev, width=self.width, dropout=self.dropout, kind=kind,
+            n_classes=n_classes, seed=seed, device=device,
+        )  # fmt: skip
+
+
 #: Spellings that error messages show.
-SPELLINGS = ("linear",)
+SPELLINGS = ("linear", "low-rank:R", "mlp:W", "mlp:W,dropout=P")
 
 
 def split_probes(text: str) -> list[str]:
@@ -199,7 +298,33 @@ def parse_probe(text: str) -> Family:
     Raises:
         UsageError: names no family, or a setting that it does not have.
     """
-    if text == "linear":
+    head, *options = text.split(",")
+    family, _, size = head.partition(":")
+    if family not in ("linear", "low-rank", "mlp"):
+        hint = did_you_mean(family, [s.partition(":")[0] for s in SPELLINGS])
+        raise UsageError(f"--probe {text!r} is not known; use {', '.join(SPELLINGS)}.{hint}")
+    if family == "linear":
+        if size or options:
+            raise UsageError(f"--probe {text!r}: the linear probe has no settings here. Write linear.")
         return Linear()
-    hint = did_you_mean(text.partition(":")[0], [s.partition(":")[0] for s in SPELLINGS])
-    raise UsageError(f"--probe {text!r} is not known; use {', '.join(SPELLINGS)}.{hint}")
+    if not (size.isascii() and size.isdigit() and int(size) > 0):
+        what = "rank, such as low-rank:4" if family == "low-rank" else "number of hidden units, such as mlp:64"
+        raise UsageError(f"--probe {text!r} needs its {what}.")
+    if family == "low-rank":
+        if options:
+            raise UsageError(f"--probe {text!r}: a low-rank probe has no settings but its rank. Write low-rank:{size}.")
+        return LowRank(int(size))
+    dropout = 0.0
+    for option in options:
+        name, _, value = option.partition("=")
+        if name != "dropout":
+            raise UsageError(
+                f"--probe {text!r}: an MLP has no setting {name!r}; use dropout, as in mlp:64,dropout=0.2."
+            )
+        try:
+            dropout = float(value)
+        except ValueError:
+            dropout = -1.0
+        if not 0 <= dropout < 1:
+            raise UsageError(f"--probe {text!r}: dropout must be a number from 0 to below 1, such as dropout=0.2.")
+    return Mlp(int(size), dropout)
