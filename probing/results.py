@@ -187,7 +187,7 @@ class ProbeResults:
         """Layer curves with bands, of all tasks; or of one-task results into ``ax``."""
         from probing.displays import layer_curves
 
-        return layer_curves(self.scores, ax=ax)
+        return layer_curves(self.scores, metric="primary", ax=ax)
 
     def _repr_html_(self) -> str:
         from probing.displays import html_table

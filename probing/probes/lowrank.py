@@ -5,10 +5,11 @@ directions of a state and nothing else. A fit minimises the linear probe's objec
 
     mean loss in nats + l2/2 · ‖V U‖²,
 
-so that a rank of at least the classes less one gives the linear probe itself (Hewitt & Liang 2019 constrain a probe's
-capacity in this way). The objective is not convex. A fit starts from the linear probe at the same penalty, projected on
-the ``rank`` directions of its logits with the largest spread over the training items, and L-BFGS takes it to the
-nearest minimum: the best one in the checks of this package, which is no proof for others.
+with half that penalty where items have several labels. With a rank of the classes less one, or of the labels, it is the
+linear probe itself (Hewitt & Liang 2019 constrain a probe's capacity in this way). The objective is not convex. A fit
+starts from the linear probe at the same penalty, projected on the ``rank`` directions of its logits with the largest
+spread over the training items, and L-BFGS takes it to the nearest minimum: the best one in the checks of this package,
+which is no proof for others.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: Nats per item: a fit stops once its estimated distance from the minimum has been below this twice in a row.
-TOLERANCE = 2e-4
+TOLERANCE = 5e-5
 #: Evaluations on all rows after which a fit is given up; ``converged`` is then False.
 MOST_PASSES = 400
 #: Outputs computed at a time (fits × outputs × rows).
@@ -247,9 +248,9 @@ def _fit(
     order = torch.argsort(layer.layer.problem.place)  # the rows are shuffled; row i of the layer is item order[i]
     own = torch.from_numpy(targets[which][:, order.numpy()]).to(device)
     some = torch.from_numpy(absent[which][:, None]).to(device) if absent.any() else None
-    objective = _Objective(
-        layer, own, some, torch.from_numpy(l2.astype(np.float32)).to(device), rank=rank, outputs=n_classes, kind=kind
-    )
+    # The linear probe has two columns per label, of opposite sign: its penalty is half of that on their difference.
+    penalty = torch.from_numpy((l2 if kind == "classes" else 0.5 * l2).astype(np.float32)).to(device)
+    objective = _Objective(layer, own, some, penalty, rank=rank, outputs=n_classes, kind=kind)
     found, converged = _minimise(objective, torch.cat([v.flatten(1), u.flatten(1), bias], 1)[:, None])
     v, u, bias = objective.split(found)
     return _Fits(layer.leave(v), u.cpu().numpy().copy(), bias.cpu().numpy().copy(), converged.cpu().numpy())

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LEARNING_RATE = 1e-3
 BATCH = 128
 #: Steps between looks at dev, at least; looks without a better loss before a probe stops; looks at most.
-LOOK_STEPS, PATIENCE, MOST_LOOKS = 20, 5, 150
+LOOK_STEPS, PATIENCE, MOST_LOOKS = 20, 5, 300
 #: Adam's decay rates of the mean and the mean square of the gradient, and what is added to its root.
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 #: Rows of dev that are scored at a time.
