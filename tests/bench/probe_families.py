@@ -1,8 +1,8 @@
 """MLPs of seven hidden states in one program against a careful torch loop over them, and ten control tasks against one.
 
-States are Gaussian, 3,000 training items of width 384 at each of seven hidden states; the labels of the first six are
-products of two features' signs, those of the last are drawn. The loop trains one model at a time with the same settings
-and the same rule for stopping. CPU time, one thread on both sides.
+States are Gaussian, 3,000 training items of width 384 at each of seven hidden states; from none to much of a state is
+its class's direction with either sign, which no linear probe reads. The loop trains one model at a time with the same
+settings and the same rule for stopping. CPU time, one thread on both sides.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ HIDDEN, ITEMS, WIDTH, UNITS, CLASSES = 7, 3000, 384, 64, 4
 
 
 def made(items: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """States (hidden, items, width) whose strength of signal differs, and labels."""
+    """States (hidden, items, width) whose strength of signal grows, and labels."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(CLASSES, size=items)
     directions = np.random.default_rng(0).standard_normal((CLASSES, WIDTH))
     states = rng.standard_normal((HIDDEN, items, WIDTH))
     for hidden in range(HIDDEN):
-        sign = np.sign(rng.standard_normal((items, 1)))  # a direction with either sign: no linear probe reads it
+        sign = np.sign(rng.standard_normal((items, 1)))
         states[hidden] += 0.05 * hidden * directions[labels] * sign
     return states.astype(np.float32), labels
 
