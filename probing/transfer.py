@@ -86,8 +86,8 @@ def stored_probes(
         if len(pieces) == 6:  # earlier files held linear probes only and did not say so
             pieces.insert(2, "linear")
         if pieces[:3] == [*start, probe]:
-            control, seed, hidden, part = pieces[3:]
-            parts.setdefault((control, int(seed), int(hidden)), {})[part] = array
+            control, number, layer, part = pieces[3:]
+            parts.setdefault((control, int(number), int(layer)), {})[part] = array
     if not parts:
         raise DataError(f"{path} holds no {probe} probes at site {site!r}, pooling {pooling!r}.")
     labels, draws = label_values(task), training_rows(task, settings)

@@ -162,7 +162,7 @@ def _fit_labels(
         ]
         for b in range(len(x_train))
     ]  # fmt: skip
-    converged = fit.converged[:, :, 0].reshape(len(x_train), sets, labels).all(2)
+    converged = np.asarray(fit.converged[:, :, 0].reshape(len(x_train), sets, labels).all(2))
     return FamilyFit(probes, converged, np.repeat(chosen[:, None], sets, 1))
 
 

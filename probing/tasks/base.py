@@ -124,7 +124,7 @@ class Task:
     def digest(self) -> str:
         """SHA-256 over what determines the task's numbers: texts, spans, labels, splits, groups, control keys."""
         columns = (self.items[c].astype(str).str.cat(sep="\x1f") for c in ITEM_COLUMNS)
-        extra = () if self.kind == "classes" else (self.kind,)
+        extra: tuple[str, ...] = () if self.kind == "classes" else (self.kind,)
         extra += (self.items["span2"].astype(str).str.cat(sep="\x1f"),) if self.unit == "span-pair" else ()
         return content_digest((self.name, self.unit, "\x1f".join(self.labels), self.corpus.digest, *columns, *extra))
 
