@@ -161,7 +161,7 @@ def _readings(
     table = old.iloc[: len(before.items)]
     splits, groups = table["split"].astype(str).to_numpy(), table["group"].astype(str).to_numpy()
     found = []
-    numbers = not hasattr(old["label"], "cat")  # a predicted number is never just right: bits alone
+    numbers = pd.api.types.is_float_dtype(old["label"])  # a predicted number is never just right: bits alone
     for m, metric in enumerate(METRICS):
         if numbers and metric == "accuracy":
             continue
@@ -214,7 +214,7 @@ def _codes(predictions: pd.Series, labels: pd.Series) -> np.ndarray:
 
     Labels are compared as text where the two do not share their classes.
     """
-    if not hasattr(labels, "cat"):
+    if pd.api.types.is_float_dtype(labels):
         return np.full(len(labels), np.nan)
     if predictions.dtype == labels.dtype and hasattr(predictions, "cat"):
         return (predictions.cat.codes.to_numpy() == labels.cat.codes.to_numpy()).astype(np.float64)

@@ -37,7 +37,7 @@ def browsable_items(results: ProbeResults, *, budget: int) -> list[dict[str, Any
         table = results.items(task)
         split = primary_split(results.scores, task)
         table = table[(table["control"].astype(str) == "none") & (table["split"].astype(str) == split)]
-        if table.empty or not hasattr(table["label"], "cat"):
+        if table.empty or pd.api.types.is_float_dtype(table["label"]):
             continue
         table = table[table["seed"] == table["seed"].min()]
         for variant in variants(results.scores, task):

@@ -123,7 +123,7 @@ class ProbeResults:
         from spafit.stats import BootstrapDraw
 
         items = self.items(task)
-        if metric == "accuracy" and not hasattr(items["label"], "cat"):
+        if metric == "accuracy" and pd.api.types.is_float_dtype(items["label"]):
             raise UsageError(f"Task {task!r} has numbers, which have no accuracy. Use metric='bits'.")
         split = split or self.primary_split(task)
         wanted = {"stack": stack, "site": site, "pooling": pooling, "probe": probe}
