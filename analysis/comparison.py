@@ -105,21 +105,28 @@ class Comparison:
         metric: Literal["accuracy", "bits"] = "accuracy",
         control: Literal["word-type", "none"] = "word-type",
         split: str | None = None,
+        probe: str | None = None,
     ) -> pd.DataFrame:
-        """Rows of the table ``forgetting`` for one metric, and for each task's first test split unless one is named.
+        """Rows of the table ``forgetting`` for one metric, and each task's first test split and probe unless named.
 
         With ``control="word-type"``, a task that has no control task gives its own scores.
 
         Raises:
-            UsageError: an unknown metric or control.
+            UsageError: an unknown metric or control, or no such rows: tasks of numbers are compared in bits alone.
         """
         for name, value, allowed in (("metric", metric, ("accuracy", "bits")), ("control", control, CONTROLS)):
             if value not in allowed:
                 hint = did_you_mean(value, allowed)
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.{hint}")
         rows = self.forgetting[self.forgetting["metric"] == metric]
-        first = rows.groupby("task")["split"].transform("first")
-        rows = rows[rows["split"] == (first if split is None else split)]
+        for column, wanted in (("split", split), ("probe", probe)):
+            first = rows.groupby("task")[column].transform("first")
+            rows = rows[rows[column] == (first if wanted is None else wanted)]
+        if rows.empty:
+            raise UsageError(
+                f"No task was compared in {metric}. Tasks of numbers are compared in bits: read the table forgetting, "
+                "or ask for metric='bits'."
+            )
         has = rows["task"].isin(rows.loc[rows["control"] == control, "task"])
         return rows[(rows["control"] == control) | ~has].reset_index(drop=True)
 

@@ -161,7 +161,10 @@ def _readings(
     table = old.iloc[: len(before.items)]
     splits, groups = table["split"].astype(str).to_numpy(), table["group"].astype(str).to_numpy()
     found = []
+    numbers = pd.api.types.is_float_dtype(old["label"])  # a predicted number is never just right: bits alone
     for m, metric in enumerate(METRICS):
+        if numbers and metric == "accuracy":
+            continue
         for split in dict.fromkeys(splits):
             at = splits == split
             # where word types never recur, the control task is at chance by construction
@@ -207,7 +210,12 @@ class _Arrays:
 
 
 def _codes(predictions: pd.Series, labels: pd.Series) -> np.ndarray:
-    """Whether predictions are right, float64; labels are compared as text where the two do not share their classes."""
+    """Whether predictions are right, float64, NaN for numbers.
+
+    Labels are compared as text where the two do not share their classes.
+    """
+    if pd.api.types.is_float_dtype(labels):
+        return np.full(len(labels), np.nan)
     if predictions.dtype == labels.dtype and hasattr(predictions, "cat"):
         return (predictions.cat.codes.to_numpy() == labels.cat.codes.to_numpy()).astype(np.float64)
     return (predictions.astype(str).to_numpy() == labels.astype(str).to_numpy()).astype(np.float64)
@@ -248,7 +256,9 @@ def _fill_transferred(
         for k, _ in changed:
             reasons[k] = "the tokenizers leave different items without a state"
         return
-    probes = stored_probes(first.folder, task, first.plan.settings, usable=usable, site="block", pooling=pooling)
+    probes = stored_probes(
+        first.folder, task, first.plan.settings, usable=usable, site="block", pooling=pooling, probe=keys["probe"]
+    )
     for k, h in changed:
         states = item_states(task, theirs, new_rows[test], pooling=pooling, hidden=h)
         _fill(values, 1, k, probes, h, states, test)

@@ -66,6 +66,7 @@ def write_report(
 def _figures(results: ProbeResults, suggestion: StrataSuggestion | None) -> list[dict[str, Any]]:
     """Levels, tasks and heat map of each stack and site; the first is the picture at the top of the page."""
     from probing.displays import layer_curves, task_layer_heatmap
+    from probing.tables import overview, scores_word
 
     scores = results.scores
     strata = () if suggestion is None else suggestion.config.strata
@@ -84,9 +85,11 @@ def _figures(results: ProbeResults, suggestion: StrataSuggestion | None) -> list
             scores, metric="bits", layout="levels", scale="share", strata=shaded, stack=stack, site=site
         )
         add("layers", "Where each task can be read, by level", levels, place)
-        add("tasks", "Accuracy of every task over hidden states, with controls",
-            layer_curves(scores, metric="accuracy", strata=shaded, stack=stack, site=site), place)  # fmt: skip
-        add("heatmap", "Accuracy by task and hidden state", task_layer_heatmap(scores, stack=stack, site=site), place)
+        word = scores_word(overview(scores, results.summaries)).capitalize()
+        add("tasks", f"{word} of every task over hidden states, with controls",
+            layer_curves(scores, metric="primary", strata=shaded, stack=stack, site=site), place)  # fmt: skip
+        heat = task_layer_heatmap(scores, metric="primary", stack=stack, site=site)
+        add("heatmap", f"{word} by task and hidden state", heat, place)
     return figures
 
 

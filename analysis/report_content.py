@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from probing.metrics import shown_metric
 from probing.tables import (
     MISSING,
     VARIANT,
     TaskRow,
+    best_words,
     bracket,
     number,
     ordered_tasks,
     overview,
     primary_split,
     reported,
+    scores_word,
     short_names,
     variants,
 )
@@ -34,7 +37,14 @@ _CONTROLS = {
     "word-type": "control task",
     "difference:word-type": "selectivity",
 }
-_METRICS = {"accuracy": "Accuracy", "bits": "Bits saved per item", "macro_f1": "Macro-averaged F1"}
+_METRICS = {
+    "r2": "R²",
+    "micro_f1": "F1 over all labels",
+    "accuracy": "Accuracy",
+    "bits": "Bits saved per item",
+    "macro_f1": "Macro-averaged F1",
+    "spearman": "Rank correlation (Spearman)",
+}
 _STATISTICS = {
     "best": "best hidden state",
     "first_within_1se": "first hidden state within 1 SE of the best",
@@ -54,6 +64,7 @@ def report_content(
         "facts": _facts(run, results.scores),
         "limit": _limit(run),
         "command": run.get("command", ""),
+        "score": scores_word(rows),
         "overview": [_overview_row(r, names, rows) for r in rows],
         "details": [_detail(results, task, level, names) for level, task in ordered_tasks(results.scores)],
         "failed": [
@@ -112,7 +123,7 @@ def _overview_row(row: TaskRow, names: Mapping[str, str], rows: Sequence[TaskRow
         "level": row.level,
         "task": names[row.task],
         "variant": " · ".join(row.variant[i] for i in several),
-        "best": bracket(row.best, row.best_low, row.best_high),
+        "best": best_words(row, rows),
         "at": MISSING if row.at is None else str(row.at),
         "first": MISSING if row.first is None else str(row.first),
         "cog": bracket(row.cog, row.cog_low, row.cog_high, digits=2),
@@ -142,7 +153,7 @@ def _detail(results: ProbeResults, task: str, level: str, names: Mapping[str, st
     about = [
         ("Level, unit", " · ".join(str(x) for x in (level, facts.get("unit")) if x)),
         ("Items", ", ".join(f"{int(v):,} {k}" for k, v in items if v is not None)),
-        ("Classes", str(int(rows["n_classes"].iloc[0]))),
+        ("Classes", str(int(rows["n_classes"].iloc[0]) or "")),
         ("Source", str(facts.get("source") or "")),
         ("Licence", str(facts.get("licence") or "")),
         ("Citation", str(facts.get("citation") or "")),
@@ -164,7 +175,7 @@ def _detail(results: ProbeResults, task: str, level: str, names: Mapping[str, st
 
 def _score_tables(rows: pd.DataFrame, variant: Sequence[str], metric: str) -> list[dict[str, Any]]:
     """The metric's table, a row per hidden state and a column per split and control; no table if there are no rows."""
-    keep = rows["metric"] == metric
+    keep, shown = rows["metric"] == metric, shown_metric(rows["metric"])
     for column, value in zip(VARIANT, variant, strict=True):
         keep &= rows[column].astype(str) == value
     part = rows[keep]
@@ -199,7 +210,7 @@ def _score_tables(rows: pd.DataFrame, variant: Sequence[str], metric: str) -> li
             "columns": [(split, _CONTROLS.get(control, control)) for split, control in columns],
             "rows": [(str(h), [cell(key, h) for key in columns]) for h in hidden],
             "chance": {
-                s: number(float(part.loc[part["split"] == s, "chance"].iloc[0])) for s in splits if metric == "accuracy"
+                s: number(float(part.loc[part["split"] == s, "chance"].iloc[0])) for s in splits if metric == shown
             },
         }
     ]

@@ -10,10 +10,10 @@ import pandas as pd
 
 from probing.config import check_penalties, seed_numbers
 from probing.fitting import ProbeSettings, States, fit_task
-from probing.probes.linear import DEFAULT_L2
+from probing.probes.families import parse_probes
 from probing.results import ProbeResults, summary_table
 from probing.scoring import item_table, score_table
-from probing.tasks.base import Corpus, Level, Task, Text
+from probing.tasks.base import Corpus, Kind, Level, Task, Text
 from spafit import io
 from spafit.errors import NumericalError, UsageError
 from spafit.runtime import generator, provenance
@@ -31,14 +31,16 @@ def probe_arrays(
     level: Level = "other",
     seeds: int | Sequence[int] = (0, 1, 2),
     max_train: int | None = None,
-    l2: Sequence[float] = tuple(DEFAULT_L2),
+    kind: Kind = "classes",
+    probe: str | Sequence[str] = ("linear",),
+    l2: Sequence[float] | None = None,
     n_boot: int = 1000,
 ) -> ProbeResults:
     """Probe each layer of an array of representations.
 
     Args:
         X: states, shape (hidden states, items, width); position 0 is the embeddings.
-        y: labels, shape (items,).
+        y: labels, shape (items,); for several labels per item 0 or 1, shape (items, labels).
         groups: cluster of each item for splits and intervals, such as the sentence of a token; each item by default.
         split: ``train``, ``dev`` or ``test`` per item; by default 60/20/20 by group, the same on every call.
         control: the type of each item (such as the word), which draws its control label; none by default.
@@ -47,7 +49,9 @@ def probe_arrays(
         level: the linguistic level it is filed under.
         seeds: each redraws training items and control labels; a number n means seeds 0 to n - 1.
         max_train: training items per seed; None takes 80 % of them, at most 20,000.
-        l2: penalties tried.
+        kind: what ``y`` holds: ``classes``, ``number`` (regression) or ``multilabel`` (a yes-or-no question per label).
+        probe: probe families (:mod:`probing.probes.families`), such as ``"linear,mlp:64"``.
+        l2: penalties tried; None takes the family's own grid.
         n_boot: bootstrap replicates.
 
     Returns:
@@ -56,10 +60,12 @@ def probe_arrays(
     Raises:
         UsageError: shapes that do not fit, no seed, a penalty that is not positive and finite.
         NumericalError: ``X`` is not finite.
-        TaskError: the labels cannot be probed (one class, a class in test only).
+        TaskError: the labels cannot be probed (one class, a class in test only, numbers that are missing or constant).
     """
     seeds = seed_numbers(seeds)
-    check_penalties(tuple(l2))
+    if l2 is not None:
+        check_penalties(tuple(l2))
+    families = [f for text in ((probe,) if isinstance(probe, str) else probe) for f in parse_probes(text)]
     states = np.asarray(X)
     if states.ndim != 3:
         raise UsageError(f"X must have shape (hidden states, items, width); got {states.shape}.")
@@ -80,7 +86,7 @@ def probe_arrays(
     if control is not None and "" in np.asarray(control).astype(str):
         raise UsageError("control has an empty type; name a type for every item, or leave control out.")
     group = np.arange(n).astype(str) if groups is None else np.asarray(groups).astype(str)
-    labels, codes = np.unique(np.asarray(y).astype(str), return_inverse=True)
+    labels, codes = _labels(np.asarray(y), kind)
     items = pd.DataFrame(
         {
             "item": np.arange(n).astype(str),
@@ -93,31 +99,56 @@ def probe_arrays(
         }
     )
     texts = tuple(Text(f"item {i}") for i in range(n))
-    task = Task(name, level, "sentence", tuple(labels.tolist()), Corpus("arrays", texts), items).validate()
+    task = Task(name, level, "sentence", labels, Corpus("arrays", texts), items, kind=kind).validate()
     controls = tuple(
         c for c, given in (("word-type", control is not None), ("random-encoder", bool(random_states))) if given
     )
-    settings = ProbeSettings(seeds, max_train, tuple(l2), controls, n_boot)
-    fit = fit_task(
-        task,
-        settings,
-        hidden=range(len(states)),
-        states=_reader(states),
-        random_states={seed: _reader(np.asarray(x)) for seed, x in (random_states or {}).items()},
+    settings = ProbeSettings(
+        seeds=seeds,
+        max_train=max_train,
+        l2=None if l2 is None else tuple(l2),
+        controls=controls,
+        n_boot=n_boot,
+        probe=tuple(f.name for f in families),
     )
-    where = {"stack": "arrays", "site": "block", "pooling": "given", "probe": "linear"}
+    scores, found = [], []
+    for family in families:
+        fit = fit_task(
+            task,
+            settings,
+            hidden=range(len(states)),
+            states=_reader(states),
+            random_states={seed: _reader(np.asarray(x)) for seed, x in (random_states or {}).items()},
+            family=family,
+        )
+        where = {"stack": "arrays", "site": "block", "pooling": "given", "probe": family.name}
+        scores.append(score_table(task, fit, settings, where=where))
+        found.append(item_table(task, fit, where=where))
+    rows, predicted = pd.concat(scores, ignore_index=True), pd.concat(found, ignore_index=True)
     run = {
         "schema_version": io.SCHEMA_VERSION,
         "command": "probing.probe_arrays",
         "status": "complete",
         "model": {"name": "arrays", "stack": "arrays", "blocks": len(states) - 1, "width": states.shape[2]},
         "seeds": list(seeds),
-        "tasks": {name: {"status": "done", "level": level, "unit": "sentence", "notes": []}},
+        "tasks": {name: {"status": "done", "level": level, "unit": "sentence", "kind": kind, "notes": []}},
         **provenance(),
     }
-    scores = score_table(task, fit, settings, where=where)
-    results = ProbeResults(run, scores, pd.DataFrame(), None, {name: item_table(task, fit, where=where)})
-    return ProbeResults(run, scores, summary_table(results, name, n_boot=n_boot), None, results.item_tables)
+    results = ProbeResults(run, rows, pd.DataFrame(), None, {name: predicted})
+    return ProbeResults(run, rows, summary_table(results, name, n_boot=n_boot), None, results.item_tables)
+
+
+def _labels(y: np.ndarray, kind: Kind) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names of the labels, and the task's ``label`` column."""
+    if kind == "number":
+        return (), y.astype(np.float64)
+    if kind == "multilabel":
+        if y.ndim != 2 or not np.isin(y, (0, 1)).all():
+            raise UsageError(f"Several labels per item are 0 or 1, shape (items, labels); y has shape {y.shape}.")
+        column = [",".join(map(str, np.flatnonzero(row))) for row in y]
+        return tuple(str(i) for i in range(y.shape[1])), np.array(column, dtype=object)
+    names, codes = np.unique(y.astype(str), return_inverse=True)
+    return tuple(names.tolist()), codes
 
 
 def _reader(states: np.ndarray) -> States:

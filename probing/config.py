@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from probing.controls import CONTROLS
+from probing.probes.families import parse_probes
 from spafit.errors import UsageError, did_you_mean
 from spafit.runtime import DTYPES
 
@@ -32,10 +33,12 @@ class ProbeConfig:
             in a model that is not recognised; None takes the first.
         pooling: how tokens become one state, for words (over sub-words) and sentences (over tokens): ``mean``, ``max``,
             ``first`` ([CLS] where there is one) or ``last``.
+        probe: probe families, such as ``linear`` and ``mlp:64`` (:mod:`probing.probes.families`). Verdict and strata
+            speak of the first.
         controls: ``word-type`` control task, ``random-encoder``.
         max_train: training items per seed; None takes 80 % of them, at most 20,000.
         seeds: each redraws training items, control labels and random encoder.
-        l2: penalties tried; None is the default grid.
+        l2: penalties tried; None is the family's own grid.
         n_boot: bootstrap replicates behind the intervals.
         limit: keep only this many items of each split (for a quick look, not for claims).
         device: torch device, or ``auto``.
@@ -56,6 +59,7 @@ class ProbeConfig:
     sites: tuple[str, ...] = ("block",)
     stack: str | None = None
     pooling: tuple[str, ...] = ("mean",)
+    probe: tuple[str, ...] = ("linear",)
     controls: tuple[str, ...] = CONTROLS
     max_train: int | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -72,6 +76,7 @@ class ProbeConfig:
     overwrite: Overwrite = "missing"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "probe", tuple(f.name for text in self.probe for f in parse_probes(text)))
         _one_of("controls", self.controls, CONTROLS)
         _one_of("sites", self.sites, SITES)
         _one_of("pooling", self.pooling, POOLINGS)
@@ -81,7 +86,7 @@ class ProbeConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"--{name.replace('_', '-')} {value} is too small; use at least {least}.")
-        for name in ("tasks", "seeds", "sites", "pooling"):
+        for name in ("tasks", "seeds", "sites", "pooling", "probe"):
             values = getattr(self, name)
             if not values:
                 raise UsageError(f"--{name} is empty; give at least one.")

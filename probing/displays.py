@@ -22,6 +22,7 @@ from probing.panels import (
     curve_legend,
     hidden_axis,
     line_styles,
+    metric_words,
     number_range,
     place_legend,
     select,
@@ -59,7 +60,7 @@ __all__ = [
     "task_layer_heatmap",
 ]
 
-Metric = Literal["accuracy", "macro_f1", "bits"]
+Metric = Literal["primary", "accuracy", "macro_f1", "micro_f1", "r2", "spearman", "bits"]
 
 _MARKERS = dict(zip("osD^vP*", "●■◆▲▼✚★", strict=True))
 
@@ -85,7 +86,8 @@ def layer_curves(
 
     Args:
         scores: table of scores (DESIGN section 5).
-        metric: which score.
+        metric: which score; ``primary`` is accuracy, or what takes its place for a task of numbers (R²) or of several
+            labels (micro-averaged F1).
         layout: one panel per task or per level.
         strata: strata to shade behind the curves; those of other stacks are skipped.
         stack: needed where the table has several.
@@ -103,7 +105,7 @@ def layer_curves(
     chosen = select(scores, metric=metric, stack=stack, site=site, tasks=tasks)
     if scale == "share":
         chosen = as_shares(chosen, metric=metric)
-    unit = plotting.METRIC_LABELS[metric] if scale == "metric" else share_words(metric)
+    unit = metric_words(chosen, metric) if scale == "metric" else share_words(metric)
     stack = str(chosen["stack"].iloc[0])
     shown = tuple(strata or ())
     with plotting.style():
@@ -149,7 +151,9 @@ def _by_task(
                 names[tasks[c]].replace("_", " "), loc="left", color=plotting.level_color(level), fontweight="bold",
                 fontsize=9,
             )  # fmt: skip
-            ax.set_title(f"n = {n:,}", loc="right", color=plotting.MUTED, fontsize=7.5)
+            shown = plotting.METRIC_LABELS[str(rows.loc[rows["task"] == tasks[c], "shown"].iloc[0])]
+            count = f"{shown} · n = {n:,}" if unit == "score" else f"n = {n:,}"
+            ax.set_title(count, loc="right", color=plotting.MUTED, fontsize=7.5)
             if not (grid[r + 1 :] and c < len(grid[r + 1][1])):
                 ax.tick_params(labelbottom=True)
                 ax.set_xlabel(X_LABEL)
@@ -197,8 +201,8 @@ def _task_panel(ax: Axes, rows: pd.DataFrame, task: str, *, metric: str, lines: 
                 low, high = base["ci_low"].to_numpy(float), base["ci_high"].to_numpy(float)
                 plotting.band(ax, base["hidden"].to_numpy(), low, high, color=plotting.MUTED, alpha=0.15)
                 kinds.add(control)
-    chance = {"accuracy": float(part.loc[part["split"] == split, "chance"].iloc[0]), "bits": 0.0}.get(metric)
-    if chance is not None and np.isfinite(chance):
+    chance = 0.0 if metric == "bits" else float(part.loc[part["split"] == split, "chance"].iloc[0])
+    if np.isfinite(chance):
         ax.axhline(chance, color=plotting.MUTED, linewidth=0.9, linestyle=":", label="chance", zorder=1.8)
         kinds.add("chance")
     hidden_axis(ax, part, most=7 if len(rows["task"].unique()) > 1 else 13)
@@ -298,7 +302,7 @@ def task_layer_heatmap(
             values = own.set_index("hidden")["value"].reindex(hidden).to_numpy(float)
             if not np.isfinite(values).any():
                 continue
-            chance = float(own["chance"].iloc[0]) if metric == "accuracy" else 0.0
+            chance = 0.0 if metric == "bits" or not np.isfinite(own["chance"].iloc[0]) else float(own["chance"].iloc[0])
             top = float(np.nanmax(values)) - chance
             numbers.append(values)
             shares.append((values - chance) / top if top > 0 else np.zeros_like(values))
@@ -313,7 +317,7 @@ def task_layer_heatmap(
     items, known = number_range(rows["n"]), np.array(halves)[np.isfinite(halves)]
     doubt = f"half-width of the 95 % interval: about {np.median(known):.3f}" if known.size else "no intervals"
     return _heatmap(
-        np.array(numbers), np.array(shares), labels, colors, hidden, metric=metric,
+        np.array(numbers), np.array(shares), labels, colors, hidden, metric=metric, words=metric_words(rows, metric),
         caption=f"{doubt}; n = {items} test items per task; {X_WORDS}; box: best",
     )  # fmt: skip
 
@@ -326,6 +330,7 @@ def _heatmap(
     hidden: list[int],
     *,
     metric: str,
+    words: str,
     caption: str,
 ) -> Figure:
     import seaborn as sns
@@ -364,7 +369,7 @@ def _heatmap(
         ax.tick_params(length=0)
         ax.set_xticklabels(ax.get_xticklabels(), rotation=0)
         ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
-        unit = f"{plotting.METRIC_LABELS[metric]}, %" if percent else plotting.METRIC_LABELS[metric]
+        unit = f"{words}, %" if percent else words
         ax.set_title(f"{unit} on test items", loc="left")
         ax.set_xlabel(f"{X_LABEL}\n{textwrap.fill(caption, max(48, int(cell * len(hidden) * 18)))}", fontsize=8)
     return plotting.freeze_layout(figure)
@@ -393,7 +398,7 @@ def relative_depth(
     tasks = [p for p in ordered_tasks(next(iter(tables.values()))) if p[1] in common]
     if not tasks:
         raise UsageError(f"{', '.join(models)} have no task in common, so there is nothing to compare.")
-    names = short_names([t for _, t in tasks])
+    names, words_of_metric = short_names([t for _, t in tasks]), metric_words(next(iter(tables.values())), metric)
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns)
     with plotting.style():
@@ -431,7 +436,7 @@ def relative_depth(
             if i >= len(tasks):
                 ax.remove()
             elif i % columns == 0:
-                ax.set_ylabel(plotting.METRIC_LABELS[metric])
+                ax.set_ylabel(words_of_metric)
             if i < len(tasks) <= i + columns:
                 ax.tick_params(labelbottom=True)
                 ax.set_xlabel("relative depth")
@@ -441,7 +446,7 @@ def relative_depth(
         ]
         n = pd.concat([t.loc[t["task"].isin(common), "n"] for t in tables.values()])
         words = (
-            f"{plotting.METRIC_LABELS[metric]}; bands: {plotting.INTERVAL}; n = {number_range(n)} test items per task; "
+            f"{words_of_metric}; bands: {plotting.INTERVAL}; n = {number_range(n)} test items per task; "
             "relative depth = hidden index / blocks (0 = embeddings, 1 = output of the last block)"
         )
         place_legend(figure, handles, words=words)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from probing.controls import control_labels
-from probing.probes.linear import DEFAULT_L2, LinearProbeFit, fit_selected
-from probing.tasks.base import Task
+from probing.probes.families import Family, Linear
+from probing.targets import Answers, LabelSets, label_values, varies
+from probing.tasks.base import Kind, Task
 from spafit.errors import TaskError
 
 #: Reads states: (hidden index, positions in ``task.items``) -> float32 array (positions, width).
@@ -27,15 +28,18 @@ class ProbeSettings:
         seeds: each redraws the training items, the control labels and the random-weight encoder.
         max_train: training items per draw; None takes 80 % of them, at most 20,000.
         l2: penalties tried, on the scale of :mod:`probing.probes.linear`; the one with the lowest dev log loss is used.
+            None takes the family's own grid.
         controls: any of ``word-type`` and ``random-encoder``.
         n_boot: bootstrap replicates behind each interval.
+        probe: names of the probe families that are fitted, as :func:`probing.probes.families.parse_probe` reads them.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     max_train: int | None = None
-    l2: tuple[float, ...] = tuple(DEFAULT_L2)
+    l2: tuple[float, ...] | None = None
     controls: tuple[str, ...] = ("word-type", "random-encoder")
     n_boot: int = 1000
+    probe: tuple[str, ...] = ("linear",)
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,13 @@ class ControlFits:
 
     Attributes:
         seeds: the distinct fits; one entry where seeds would only repeat the same fit.
-        predictions: predicted label, shape (seeds, hidden, test items).
+        predictions: predicted label, shape (seeds, hidden, test items): a position in ``TaskFit.names``, or a number.
         labels: the labels that count as right, shape (seeds, test items): the control task has its own per seed.
-        bits: bits saved on each item, log2 p(label) - log2 of the label's frequency in the training split (for the
-            control task: among its own labels there), like ``predictions``.
-        l2: penalty chosen on dev, shape (seeds, hidden).
+        bits: bits saved on each item (:meth:`probing.targets.Answers.score`), shaped like ``predictions``.
+        l2: penalty chosen on dev, shape (seeds, hidden); NaN in families that have none.
         converged: whether the fit met its tolerance, shape (seeds, hidden).
-        majority: most frequent training label, shape (seeds,).
+        majority: the prediction that takes no state into account, the most frequent training label (or the mean of the
+            training targets), shape (seeds,).
     """
 
     seeds: tuple[int, ...]
@@ -64,14 +68,19 @@ class ControlFits:
 
 @dataclass(frozen=True)
 class TaskFit:
-    """All fits of one task at one site and pooling.
+    """All fits of one task at one site and pooling, by one probe family.
 
     Attributes:
         hidden: hidden indices, ascending.
         test: positions in ``task.items`` of the scored items, all test splits together.
         controls: keyed ``none``, ``word-type``, ``random-encoder``.
         n_train: training items per fit.
-        weights: fitted probes by ``<control>/<seed>/<hidden>/<part>`` with parts weight, bias, mean, scale.
+        weights: fitted probes by ``<control>/<seed>/<hidden>/<part>``; the parts are those of
+            :class:`probing.probes.fitted.FittedProbe`.
+        kind: classes, several labels, or numbers.
+        names: what labels and predictions are positions in: the classes, or sets of labels joined by commas; empty for
+            numbers.
+        members: which labels each of ``names`` holds, bool, (names, labels); None unless items have several labels.
     """
 
     hidden: tuple[int, ...]
@@ -79,6 +88,9 @@ class TaskFit:
     controls: Mapping[str, ControlFits]
     n_train: int
     weights: Mapping[str, np.ndarray] = field(repr=False)
+    kind: Kind = "classes"
+    names: tuple[str, ...] = ()
+    members: np.ndarray | None = field(default=None, repr=False)
 
 
 def training_rows(task: Task, settings: ProbeSettings) -> dict[int, np.ndarray]:
@@ -90,16 +102,6 @@ def training_rows(task: Task, settings: ProbeSettings) -> dict[int, np.ndarray]:
     return rows
 
 
-def label_log2_frequency(task: Task, answers: np.ndarray) -> np.ndarray:
-    """log2 of each label's share of the training split, shape (labels,): what bits saved are counted from.
-
-    Half an item for a label that training never has (a control task may draw one for a test word only).
-    """
-    train = (task.items["split"] == "train").to_numpy()
-    counts = np.bincount(answers[train], minlength=len(task.labels))
-    return np.log2(np.maximum(counts, 0.5) / counts.sum())
-
-
 def fit_task(
     task: Task,
     settings: ProbeSettings,
@@ -107,11 +109,12 @@ def fit_task(
     hidden: Sequence[int],
     states: States,
     random_states: Mapping[int, States],
+    family: Family | None = None,
     usable: np.ndarray | None = None,
     device: str = "cpu",
     progress: Callable[[float], None] | None = None,
 ) -> TaskFit:
-    """Fit the linear probe for every hidden state, seed and control of one task.
+    """Fit one family's probes for every hidden state, seed and control of one task.
 
     Args:
         task: a validated task.
@@ -119,107 +122,160 @@ def fit_task(
         hidden: hidden indices to probe.
         states: reads the model's states.
         random_states: for each seed, reads the states of that seed's random-weight encoder (empty: no such control).
+        family: the probe family; linear by default.
         usable: items whose states exist, shape (items,); others (cut off by the model's window) are left out.
         device: torch device of the solver's products; one with float64.
         progress: called with the number of (hidden, seed, encoder) fits just finished.
 
     Raises:
-        TaskError: dropping unusable items leaves no training, dev or test items, or one class only.
+        TaskError: dropping unusable items leaves no training, dev or test items, or a draw whose labels do not vary.
+        UsageError: the family does not suit the task or the width of its states.
     """
+    family = Linear() if family is None else family
+    labels, usable = label_values(task), np.ones(len(task.items), dtype=bool) if usable is None else usable
+    rows = _rows(task, settings, labels, usable)
+    family.check(task, states(hidden[0], rows.dev[:1]).shape[1])
+
+    seeds = settings.seeds
+    drawn = {s: control_labels(task, s) for s in seeds} if "word-type" in settings.controls else {}
+    control = {s: Answers.of(task, c) for s, c in drawn.items() if c is not None}
+    own = Answers.of(task, labels)
+    record = _Record(task, hidden, rows.test)
+    record.add("none", seeds[:1] if rows.same_draw else seeds)
+    if control:
+        record.add("word-type", seeds)
+    if random_states:
+        record.add("random-encoder", seeds)
+
+    def fit(
+        encoder: str, read: States, train: np.ndarray, sets: Sequence[tuple[str, int, Answers]], *, seed: int
+    ) -> None:
+        """Fit these label sets, the task's first, on the states of one encoder, and record them."""
+        n_items = len(train) + len(rows.dev) + len(rows.test)
+        for k in _chunks(hidden, n_items, read(hidden[0], train[:1]).shape[1]):
+            chosen = [hidden[j] for j in range(*k.indices(len(hidden)))]
+            x_train, x_dev, x_test = (np.stack([read(h, r) for h in chosen]) for r in (train, rows.dev, rows.test))
+            found = family.fit(
+                x_train,
+                np.stack([a.values[train] for _, _, a in sets]),
+                x_dev,
+                np.stack([a.values[rows.dev] for _, _, a in sets]),
+                kind=task.kind,
+                n_classes=len(task.labels),
+                l2=settings.l2,
+                seed=seed,
+                device=device,
+            )
+            for m, (name, of_seed, answers) in enumerate(sets):
+                for j, h in enumerate(chosen):
+                    scored = answers.score(found.probes[j][m], x_test[j], rows.test, position=h)
+                    record.put(name, of_seed, k.start + j, answers, *scored, found.l2[j, m], found.converged[j, m])
+                    if encoder == "none":
+                        parts = found.parameters(j, m)
+                        record.weights.update({f"{name}/{of_seed}/{h}/{part}": v for part, v in parts.items()})
+            if progress is not None:
+                progress(len(chosen) * (len(seeds) if encoder == "none" and rows.same_draw else 1))
+
+    for position, seed in enumerate(seeds):
+        train = rows.draws[seed]
+        if position == 0 or not rows.same_draw:
+            # Where all seeds train on the same items, one call fits the control labels of every seed.
+            together = seeds if rows.same_draw else (seed,)
+            sets = [("none", seed, own), *(("word-type", s, control[s]) for s in together if s in control)]
+            fit("none", states, train, sets, seed=seed)
+        if seed in random_states:
+            fit("random-encoder", random_states[seed], train, [("random-encoder", seed, own)], seed=seed)
+    return record.finish(int(np.mean([len(r) for r in rows.draws.values()])))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Positions of the items that are used, by split; training items by seed."""
+
+    draws: Mapping[int, np.ndarray]
+    dev: np.ndarray
+    test: np.ndarray
+
+    @property
+    def same_draw(self) -> bool:
+        """Whether all seeds train on the same items."""
+        first = next(iter(self.draws.values()))
+        return all(np.array_equal(rows, first) for rows in self.draws.values())
+
+
+def _rows(task: Task, settings: ProbeSettings, labels: np.ndarray, usable: np.ndarray) -> _Rows:
     split = task.items["split"].to_numpy()
-    labels = task.items["label"].to_numpy().astype(np.int64)
-    usable = np.ones(len(task.items), dtype=bool) if usable is None else usable
-    dev = np.flatnonzero((split == "dev") & usable)
-    test = np.flatnonzero(~np.isin(split, ("train", "dev")) & usable)
     draws = {seed: rows[usable[rows]] for seed, rows in training_rows(task, settings).items()}
-    for name, rows in {"dev": dev, "test": test, **{f"training (seed {s})": r for s, r in draws.items()}}.items():
+    found = _Rows(
+        draws,
+        np.flatnonzero((split == "dev") & usable),
+        np.flatnonzero(~np.isin(split, ("train", "dev")) & usable),
+    )
+    parts = {"dev": found.dev, "test": found.test, **{f"training (seed {s})": r for s, r in draws.items()}}
+    for name, rows in parts.items():
         if not len(rows):
             raise TaskError(f"Task {task.name!r}: no {name} item has a state. Use shorter texts or a longer window.")
-    if any(len(np.unique(labels[rows])) < 2 for rows in draws.values()):
-        raise TaskError(f"Task {task.name!r}: a training draw holds one class only. Raise --max-train.")
+    for seed, rows in draws.items():
+        if not varies(labels[rows]):
+            one = "the same number everywhere" if task.kind == "number" else "one class only"
+            raise TaskError(f"Task {task.name!r}: the training draw of seed {seed} holds {one}. Raise --max-train.")
+    return found
 
-    same_draw = all(np.array_equal(rows, draws[settings.seeds[0]]) for rows in draws.values())
-    control = {s: control_labels(task, s) for s in settings.seeds} if "word-type" in settings.controls else {}
-    has_control = bool(control) and all(c is not None for c in control.values())
 
-    def shape(n_seeds: int) -> dict[str, np.ndarray]:
-        return {
-            "predictions": np.zeros((n_seeds, len(hidden), len(test)), dtype=np.int32),
-            "labels": np.zeros((n_seeds, len(test)), dtype=np.int32),
-            "bits": np.zeros((n_seeds, len(hidden), len(test)), dtype=np.float32),
-            "l2": np.zeros((n_seeds, len(hidden))),
-            "converged": np.zeros((n_seeds, len(hidden)), dtype=bool),
-            "majority": np.zeros(n_seeds, dtype=np.int64),
+class _Record:
+    """Predictions and bits as they come, by control, seed and hidden state."""
+
+    def __init__(self, task: Task, hidden: Sequence[int], test: np.ndarray):
+        self.task, self.hidden, self.test = task, tuple(hidden), test
+        self.seeds: dict[str, tuple[int, ...]] = {}
+        self.arrays: dict[str, dict[str, np.ndarray]] = {}
+        self.weights: dict[str, np.ndarray] = {}
+        self.sets = LabelSets(len(task.labels))
+
+    def add(self, name: str, seeds: Sequence[int]) -> None:
+        """Make room for one control."""
+        n, n_hidden, items = len(seeds), len(self.hidden), len(self.test)
+        answer = np.float64 if self.task.kind == "number" else np.int32
+        self.seeds[name] = tuple(seeds)
+        self.arrays[name] = {
+            "predictions": np.zeros((n, n_hidden, items), dtype=answer),
+            "labels": np.zeros((n, items), dtype=answer),
+            "bits": np.zeros((n, n_hidden, items), dtype=np.float32),
+            "l2": np.zeros((n, n_hidden)),
+            "converged": np.zeros((n, n_hidden), dtype=bool),
+            "majority": np.zeros(n, dtype=np.float64 if self.task.kind == "number" else np.int64),
         }
 
-    own_seeds = settings.seeds[:1] if same_draw else settings.seeds
-    results = {"none": shape(len(own_seeds))}
-    if has_control:
-        results["word-type"] = shape(len(settings.seeds))
-    if random_states:
-        results["random-encoder"] = shape(len(settings.seeds))
-    weights: dict[str, np.ndarray] = {}
+    def put(
+        self,
+        name: str,
+        seed: int,
+        k: int,
+        answers: Answers,
+        predictions: np.ndarray,
+        bits: np.ndarray,
+        l2: float,
+        converged: bool,
+    ) -> None:
+        """Keep the scores of one fit at the hidden state in position ``k``."""
+        into, i = self.arrays[name], self.seeds[name].index(seed)
+        if k == 0:
+            into["labels"][i] = self._coded(answers.values[self.test])
+            into["majority"][i] = self._coded(answers.majority[None])[0]
+        into["predictions"][i, k], into["bits"][i, k] = self._coded(predictions), bits
+        into["l2"][i, k], into["converged"][i, k] = l2, converged
 
-    def record(name: str, i: int, k: slice, fit: LinearProbeFit, m: int, x: np.ndarray, answers: np.ndarray) -> None:
-        gold, counts = answers[test], np.bincount(answers[split == "train"], minlength=len(task.labels))
-        log2_frequency = label_log2_frequency(task, answers)
-        log_p = fit.log_probabilities(x, label_set=m)[:, 0]
-        into = results[name]
-        into["labels"][i], into["majority"][i] = gold, counts.argmax()
-        into["predictions"][i, k] = log_p.argmax(-1)
-        into["bits"][i, k] = (
-            np.take_along_axis(log_p, gold[None, :, None], -1)[..., 0] / np.log(2) - log2_frequency[gold]
-        )
-        into["converged"][i, k] = fit.converged[:, m, 0]
+    def _coded(self, values: np.ndarray) -> np.ndarray:
+        return self.sets.encode(values) if self.task.kind == "multilabel" else values
 
-    for seed_position, seed in enumerate(settings.seeds):
-        train = draws[seed]
-        for encoder, read in (("none", states), ("random-encoder", random_states.get(seed))):
-            if read is None:
-                continue
-            first = encoder == "none" and (seed_position == 0 or not same_draw)
-            if encoder == "none" and not first and not has_control:
-                continue
-            for k in _chunks(hidden, len(train) + len(dev) + len(test), read(hidden[0], train[:1]).shape[1]):
-                chosen = [hidden[j] for j in range(*k.indices(len(hidden)))]
-                x_train, x_dev, x_test = (np.stack([read(h, rows) for h in chosen]) for rows in (train, dev, test))
-                sets = [labels]
-                if encoder == "none" and has_control:
-                    sets.append(control[seed])  # type: ignore[arg-type]
-                fit, l2 = fit_selected(
-                    x_train,
-                    np.stack([s[train] for s in sets]),
-                    x_dev,
-                    np.stack([s[dev] for s in sets]),
-                    n_classes=len(task.labels),
-                    l2_grid=settings.l2,
-                    device=device,
-                )
-                if encoder == "random-encoder" or first:
-                    i = seed_position
-                    record(encoder, i, k, fit, 0, x_test, labels)
-                    results[encoder]["l2"][i, k] = l2
-                if len(sets) == 2:
-                    record("word-type", seed_position, k, fit, 1, x_test, sets[1])
-                    results["word-type"]["l2"][seed_position, k] = l2
-                if encoder == "none":
-                    for j, h in enumerate(chosen):
-                        for m, name in enumerate(("none", "word-type")[: len(sets)]):
-                            if name == "none" and not first:
-                                continue
-                            key = f"{name}/{seed}/{h}"
-                            weights[f"{key}/weight"] = fit.weights[j, m, 0]
-                            weights[f"{key}/bias"] = fit.bias[j, m, 0]
-                            weights[f"{key}/mean"] = fit.mean[j]
-                            weights[f"{key}/scale"] = fit.scale[j]
-                if progress is not None:
-                    progress(len(chosen))
-
-    fits = {
-        name: ControlFits(seeds=own_seeds if name == "none" else settings.seeds, **arrays)
-        for name, arrays in results.items()
-    }
-    return TaskFit(tuple(hidden), test, fits, int(np.mean([len(r) for r in draws.values()])), weights)
+    def finish(self, n_train: int) -> TaskFit:
+        """Everything recorded."""
+        fits = {name: ControlFits(seeds=self.seeds[name], **arrays) for name, arrays in self.arrays.items()}
+        names, members = self.task.labels, None
+        if self.task.kind == "multilabel":
+            members = self.sets.members
+            names = tuple(", ".join(np.array(self.task.labels, dtype=object)[row]) or "(none)" for row in members)
+        return TaskFit(self.hidden, self.test, fits, n_train, self.weights, self.task.kind, tuple(names), members)
 
 
 def _chunks(hidden: Sequence[int], rows: int, width: int) -> list[slice]:

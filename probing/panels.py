@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from probing.metrics import shown_metric
 from probing.tables import VARIANT, ordered_tasks, primary_split, variants
 from spafit import plotting
 from spafit.errors import UsageError, did_you_mean
@@ -29,12 +30,21 @@ def select(
     site: str | None = None,
     tasks: Sequence[str] | None = None,
 ) -> pd.DataFrame:
-    """The reported rows of one metric at one stack and site.
+    """The reported rows of one metric at one stack and site; ``primary`` is the metric that suits each task.
+
+    The column ``shown`` names that metric; ``chance`` is missing where the rows hold another.
 
     Raises:
         UsageError: no such rows, or several stacks or sites and none named.
     """
-    rows = scores[scores["seed"].isna() & (scores["metric"] == metric)]
+    rows = scores[scores["seed"].isna()]
+    shown = rows.groupby("task")["metric"].agg(shown_metric)
+    own = rows["task"].map(shown)
+    rows = rows.assign(chance=rows["chance"].where(rows["metric"] == own), shown=own)
+    if metric == "primary":
+        rows = rows[rows["metric"] == own].assign(metric="primary")
+    else:
+        rows = rows[rows["metric"] == metric]
     for task in tasks or ():
         if task not in set(rows["task"]):
             raise UsageError(
@@ -58,7 +68,7 @@ def select(
 def as_shares(rows: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     """The rows with (score − chance) divided by its largest value per task and variant; chance becomes 0."""
     rows = rows.copy()
-    base = rows["chance"] if metric == "accuracy" else pd.Series(0.0, index=rows.index)
+    base = pd.Series(0.0, index=rows.index) if metric == "bits" else rows["chance"].fillna(0.0)
     own = (rows["value"] - base).where(rows["control"] == "none")
     primary = rows["task"].map({t: primary_split(rows, t) for t in rows["task"].unique()})
     own = own.where(rows["split"] == primary)
@@ -70,7 +80,14 @@ def as_shares(rows: pd.DataFrame, *, metric: str) -> pd.DataFrame:
 
 def share_words(metric: str) -> str:
     """What the axis of :func:`as_shares` says."""
-    return "share of the task's best " + {"bits": "bits saved", "accuracy": "accuracy above chance"}.get(metric, metric)
+    words = {"bits": "bits saved", "accuracy": "accuracy above chance", "primary": "score above chance"}
+    return "share of the task's best " + words.get(metric, metric)
+
+
+def metric_words(rows: pd.DataFrame, metric: str) -> str:
+    """What the axis of a metric says; of ``primary``, what all tasks of the figure have, else ``score``."""
+    shown = set(rows["shown"]) if metric == "primary" else {metric}
+    return plotting.METRIC_LABELS[shown.pop()] if len(shown) == 1 else "score"
 
 
 def variant_name(rows: pd.DataFrame, variant: Sequence[str]) -> str:
@@ -133,7 +150,7 @@ def curve_legend(
     if "word-type" in kinds:
         handles.append((Line2D([], [], color=muted, linewidth=1.1, linestyle=(0, (3, 1.5, 1, 1.5))), "control task"))
     if "chance" in kinds:
-        label = "majority class" if metric == "accuracy" else "label frequencies only"
+        label = "label frequencies only" if metric == "bits" else "majority class"
         handles.append((Line2D([], [], color=muted, linewidth=0.9, linestyle=":"), label))
     for s in strata:
         if s.blocks[1] > s.blocks[0]:

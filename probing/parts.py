@@ -45,7 +45,8 @@ def write_part(
         scores: rows as :func:`probing.scoring.score_table` gives them.
         summaries: rows as :func:`probing.results.summary_table` gives them.
         items: rows as :func:`probing.scoring.item_table` gives them.
-        weights: fitted probes, ``<site>/<pooling>/<control>/<seed>/<hidden>/<weight|bias|mean|scale>``.
+        weights: fitted probes, ``<site>/<pooling>/<probe>/<control>/<seed>/<hidden>/<part>``, parts as in
+            :class:`probing.probes.fitted.FittedProbe`.
         notes: what was left out or cut.
     """
     from safetensors.numpy import save_file

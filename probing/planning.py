@@ -16,6 +16,7 @@ from probing.config import ProbeConfig
 from probing.earlier import check_same_run, find_run
 from probing.fitting import ProbeSettings, training_rows
 from probing.parts import is_finished
+from probing.probes.families import parse_probe
 from probing.tasks.base import ITEM_COLUMNS, SPAN_UNITS, Corpus, Task, Text
 from spafit import io
 from spafit.errors import DataError, OutputError, TaskError, UsageError
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 #: Raised by one whenever the same inputs would give other numbers, so that older finished tasks are computed again.
-NUMBERS_VERSION = 3
+NUMBERS_VERSION = 4
 
 #: Names that the stack finder gives; anything else in ``--stack`` is the dotted path of the list of blocks.
 STACK_NAMES = ("encoder", "decoder", "text", "vision")
@@ -136,7 +137,8 @@ class ProbePlan:
             f"model      {self.loaded.name}  ({stack.num_blocks} blocks × {stack.width}, {stack.name})",
             f"device     {self.device}, {self.config.dtype}",
             f"hidden     {self.config.layers if self.config.layers != 'all' else f'0–{stack.num_blocks}'} "
-            f"(0 = embeddings), pooling {', '.join(self.config.pooling)}, site {', '.join(self.config.sites)}",
+            f"(0 = embeddings), pooling {', '.join(self.config.pooling)}, site {', '.join(self.config.sites)}, "
+            f"probe {', '.join(self.config.probe)}",
             f"tasks      {len(self.tasks)}: {', '.join(t.name for t in self.tasks)}",
             f"texts      {self.texts:,} distinct, {tokens:,} tokens, {self.encoders} encoder(s)"
             + (f"; {truncated:,} longer than the model's window are cut" if truncated else ""),
@@ -162,8 +164,11 @@ class ProbePlan:
         tokens = sum(self.extractions[c].tokens for c in {t.corpus.name for t in todo})
         per_token = seconds_per_token(self.loaded, stack=self.config.stack, device=self.device, dtype=self.config.dtype)
         products = sum(
-            len(training_rows(t, self.settings)[self.config.seeds[0]]) * self.stack.width * len(t.labels) * 300.0
+            parse_probe(p).cost(
+                len(training_rows(t, self.settings)[self.config.seeds[0]]), self.stack.width, max(len(t.labels), 1)
+            )
             for t in todo
+            for p in self.settings.probe
         )
         fits = len(self.hidden) * len(self.config.seeds) * (1 + (self.encoders > 1))
         return self.encoders * tokens * per_token * 1.15 + fits * products / 2e10 + 5.0
@@ -194,6 +199,14 @@ def plan_probing(
         _check_writable(Path(config.out), config.overwrite)
     with timed(seconds, "read tasks"):
         tasks, failed = _read_tasks(() if only_given else config.tasks, given=given, limit=config.limit)
+    families = [parse_probe(p) for p in config.probe]
+
+    def check_families(*, width: int | None) -> None:
+        for family in families:
+            for task in tasks:
+                family.check(task, width)
+
+    check_families(width=None)
     if (earlier := find_run(config)) is not None:
         check_same_run(earlier, config, tasks)
     device = pick_device(config.device)
@@ -214,12 +227,14 @@ def plan_probing(
     if config.out is None:
         _check_writable(out, config.overwrite)
     check_same_run(out, config, tasks, loaded=loaded)
+    check_families(width=pick_stack(loaded, config.stack).width)
     settings = ProbeSettings(
         seeds=config.seeds,
         max_train=config.max_train,
+        l2=config.l2,
         controls=config.controls,
         n_boot=config.n_boot,
-        **({} if config.l2 is None else {"l2": config.l2}),
+        probe=config.probe,
     )
     with timed(seconds, "plan"):
         needed = _needed_texts(tasks, settings)
@@ -266,8 +281,11 @@ def _read_tasks(
 
 def _limited(task: Task, limit: int) -> Task:
     items = task.items.groupby("split", sort=False).head(limit)
-    trained = set(items.loc[items["split"] == "train", "label"])
-    items = items[items["label"].isin(trained)].reset_index(drop=True)
+    if task.kind != "number":  # labels that training no longer has
+        positions = items["label"].astype(str).str.split(",")
+        trained = {p for found in positions[items["split"] == "train"] for p in found} | {""}
+        items = items[[trained.issuperset(found) for found in positions]]
+    items = items.reset_index(drop=True)
     return replace(task, items=items, notes=(*task.notes, f"limited to {limit} items of each split")).validate()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from probing.curves import LayerCurve
+from probing.metrics import shown_metric
 from spafit import io
 from spafit.errors import DataError, UsageError, did_you_mean
 
@@ -122,6 +123,8 @@ class ProbeResults:
         from spafit.stats import BootstrapDraw
 
         items = self.items(task)
+        if metric == "accuracy" and pd.api.types.is_float_dtype(items["label"]):
+            raise UsageError(f"Task {task!r} has numbers, which have no accuracy. Use metric='bits'.")
         split = split or self.primary_split(task)
         wanted = {"stack": stack, "site": site, "pooling": pooling, "probe": probe}
         keep = (items["split"] == split).to_numpy()
@@ -184,7 +187,7 @@ class ProbeResults:
         """Layer curves with bands, of all tasks; or of one-task results into ``ax``."""
         from probing.displays import layer_curves
 
-        return layer_curves(self.scores, ax=ax)
+        return layer_curves(self.scores, metric="primary", ax=ax)
 
     def _repr_html_(self) -> str:
         from probing.displays import html_table
@@ -193,7 +196,7 @@ class ProbeResults:
 
 
 def summary_table(results: ProbeResults, task: str, *, n_boot: int = 1000) -> pd.DataFrame:
-    """Layer summaries of one task: of its accuracy, its bits, and its bits above the random-weight encoder's.
+    """Layer summaries of one task: of its accuracy (if it has classes), bits, and bits above the random encoder's.
 
     Columns: task, level, stack, site, pooling, probe, control (what was subtracted), metric, statistic, value, ci_low,
     ci_high, note; statistics as in :func:`probing.summaries.summarize_curve`.
@@ -203,7 +206,9 @@ def summary_table(results: ProbeResults, task: str, *, n_boot: int = 1000) -> pd
     results = replace(results, item_tables={task: results.items(task)})  # read once for all curves
     scores = results.scores[results.scores["task"] == task]
     controls = set(scores["control"])
-    wanted: list[tuple[Literal["bits", "accuracy"], str]] = [("accuracy", "none"), ("bits", "none")]
+    wanted: list[tuple[Literal["bits", "accuracy"], str]] = [("bits", "none")]
+    if shown_metric(scores["metric"]) == "accuracy":
+        wanted.insert(0, ("accuracy", "none"))
     if "random-encoder" in controls:
         wanted.append(("bits", "random-encoder"))
     rows = []

@@ -18,6 +18,7 @@ from probing.fitting import States, TaskFit, fit_task
 from probing.item_states import item_states, rows_of_items, texts_of_items
 from probing.parts import is_finished, read_part, write_part
 from probing.planning import ProbePlan, extraction_options, plan_probing, timed
+from probing.probes.families import parse_probe
 from probing.results import ProbeResults, summary_table
 from probing.scoring import SCORE_COLUMNS, item_table, score_table
 from probing.tasks.base import Task
@@ -38,6 +39,7 @@ def probe_layers(
     sites: Sequence[str] = ("block",),
     stack: str | None = None,
     pooling: Sequence[str] = ("mean",),
+    probe: Sequence[str] = ("linear",),
     controls: Sequence[str] = ("word-type", "random-encoder"),
     max_train: int | None = None,
     seeds: int | Sequence[int] = (0, 1, 2),
@@ -81,6 +83,7 @@ def probe_layers(
         sites=tuple(sites),
         stack=stack,
         pooling=tuple(pooling),
+        probe=(probe,) if isinstance(probe, str) else tuple(probe),
         controls=tuple(controls),
         max_train=max_train,
         seeds=seed_numbers(seeds),
@@ -202,7 +205,7 @@ def _extract_and_fit(
             seconds[name] = seconds.get(name, 0.0) + spent
             notes += [n for n in store.notes if n not in notes]
     per_task = len(plan.hidden) * len(plan.config.seeds) * min(plan.encoders, 2)
-    per_task *= len(plan.config.pooling) * len(plan.config.sites)
+    per_task *= len(plan.config.pooling) * len(plan.config.sites) * len(plan.config.probe)
     with Progress("Probing", len(todo) * per_task, quiet=quiet) as progress:
         for task in todo:
             progress.advance(0, description=f"Probing {task.name}")
@@ -279,31 +282,28 @@ def _probe_one(
                 )
 
             present = [h for h in plan.hidden if h in own.hidden_of(site)]
-            with timed(seconds, "fit probes"):
-                fit: TaskFit = fit_task(
-                    task,
-                    plan.settings,
-                    hidden=present,
-                    states=reader(own),
-                    random_states={
-                        s: reader(stores[s, task.corpus.name])
-                        for s in plan.config.seeds
-                        if (s, task.corpus.name) in stores
-                    },
-                    usable=usable,
-                    device="cpu" if plan.device.startswith("mps") else plan.device,
-                    progress=progress,
-                )
-            where = {
-                "stack": plan.stack.name,
-                "site": site,
-                "pooling": pooling,
-                "probe": "linear",
-            }
-            with timed(seconds, "score"):
-                scores.append(score_table(task, fit, plan.settings, where=where))
-                items.append(item_table(task, fit, where=where))
-            weights.update({f"{site}/{pooling}/{k}": v for k, v in fit.weights.items()})
+            for probe in plan.settings.probe:
+                with timed(seconds, "fit probes"):
+                    fit: TaskFit = fit_task(
+                        task,
+                        plan.settings,
+                        hidden=present,
+                        states=reader(own),
+                        random_states={
+                            s: reader(stores[s, task.corpus.name])
+                            for s in plan.config.seeds
+                            if (s, task.corpus.name) in stores
+                        },
+                        family=parse_probe(probe),
+                        usable=usable,
+                        device="cpu" if plan.device.startswith("mps") else plan.device,
+                        progress=progress,
+                    )
+                where = {"stack": plan.stack.name, "site": site, "pooling": pooling, "probe": probe}
+                with timed(seconds, "score"):
+                    scores.append(score_table(task, fit, plan.settings, where=where))
+                    items.append(item_table(task, fit, where=where))
+                weights.update({f"{site}/{pooling}/{probe}/{k}": v for k, v in fit.weights.items()})
     score_rows, item_rows = pd.concat(scores, ignore_index=True), pd.concat(items, ignore_index=True)
     with timed(seconds, "summarize"):
         view = ProbeResults({}, score_rows, pd.DataFrame(), None, {task.name: item_rows})
@@ -369,6 +369,7 @@ def _facts(task: Task) -> dict[str, Any]:
     return {
         "level": task.level,
         "unit": task.unit,
+        "kind": task.kind,
         "description": task.description,
         "n_train": int((split == "train").sum()),
         "n_dev": int((split == "dev").sum()),

@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 
 from probing.fitting import ControlFits, ProbeSettings, TaskFit
+from probing.metrics import METRICS, PAIRED, majority_score, points, replicates
 from probing.tasks.base import ITEM_COLUMNS, Task
 from spafit.stats import BootstrapDraw, interval
-
-METRICS = ("accuracy", "macro_f1", "bits")
 
 SCORE_COLUMNS = (
     "task",
@@ -45,11 +44,11 @@ def score_table(task: Task, fit: TaskFit, settings: ProbeSettings, *, where: dic
     """One row per (hidden state, control, seed, test split, metric), with the columns of :data:`SCORE_COLUMNS`.
 
     Rows whose ``seed`` is missing are the mean over seeds; their intervals cross items (by cluster) with seeds, and
-    they are the ones to report. ``bits`` is the bits saved per item: label entropy minus the probe's cross-entropy.
-    ``chance`` is the test accuracy of the training split's most frequent label (the control task's own, for its rows;
-    missing for differences). Controls named
-    ``difference:<control>`` are the task's own score minus that control's, with a paired interval (for ``word-type``
-    on accuracy: selectivity).
+    they are the ones to report. The metrics of each kind of task are described in :mod:`probing.metrics`. ``bits`` is
+    the bits saved per item: label entropy minus the probe's cross-entropy. ``chance`` is the primary metric of always
+    giving the training split's most frequent label, so accuracy for classes (the control task's own, for its rows;
+    missing for differences). Controls named ``difference:<control>`` are the task's own score minus that control's,
+    with a paired interval (for ``word-type`` on accuracy: selectivity).
 
     Args:
         where: values of the columns ``stack``, ``site``, ``pooling`` and ``probe``.
@@ -75,51 +74,44 @@ def score_table(task: Task, fit: TaskFit, settings: ProbeSettings, *, where: dic
         for control, fits in fit.controls.items():
             if control == "word-type" and split == "unseen":
                 continue  # types never recur: chance by construction
-            values = _metric_values(fits, chosen)
-            chances = (fits.labels[:, chosen] == fits.majority[:, None]).mean(1)
-            for metric in METRICS:
-                if metric != "macro_f1":
-                    per_seed = [draws[1].means(v[None]) for v in values[metric]]
-                    crossed = draws[len(fits.seeds)].means(values[metric])
-                    points = values[metric].mean(-1)
-                elif control == "word-type":
+            chances = majority_score(fit, fits, chosen)
+            for metric in METRICS[fit.kind]:
+                if metric == "macro_f1" and control == "word-type":
                     continue  # every seed has labels of its own: no common classes to average over
-                else:
-                    gold, guesses = fits.labels[0, chosen], fits.predictions[:, :, chosen]
-                    per_seed = [draws[1].macro_f1(gold, g[None], n_classes=len(task.labels)) for g in guesses]
-                    crossed = draws[len(fits.seeds)].macro_f1(gold, guesses, n_classes=len(task.labels))
-                    points = _macro_f1(gold, guesses)
+                values = points(metric, fit, fits, chosen)
                 for i, seed in enumerate(fits.seeds):
-                    rows += _rows(fit, base, control, metric, points[i], per_seed[i], fits, i, seed, chances[i])
-                rows += _rows(fit, base, control, metric, points.mean(0), crossed, fits, None, None, chances.mean())
+                    one = replicates(metric, fit, fits, chosen, draws[1], seed=i)
+                    rows += _rows(fit, base, control, metric, values[i], one, fits, i, seed, chances[i])
+                crossed = replicates(metric, fit, fits, chosen, draws[len(fits.seeds)])
+                rows += _rows(fit, base, control, metric, values.mean(0), crossed, fits, None, None, chances.mean())
             if control != "none":
-                own = _metric_values(fit.controls["none"], chosen)
-                met = fits.converged & fit.controls["none"].converged  # a single own fit stands beside every control's
-                both = replace(fits, converged=met)
-                for metric in ("accuracy", "bits"):
-                    difference = own[metric] - values[metric]  # a single own fit is paired with every seed's control
-                    replicates = draws[len(difference)].means(difference)
-                    rows += _rows(
-                        fit,
-                        base,
-                        f"difference:{control}",
-                        metric,
-                        difference.mean((0, 2)),
-                        replicates,
-                        both,
-                        None,
-                        None,
-                        float("nan"),
-                    )
+                rows += _differences(fit, base, control, chosen, draws)
     table = pd.DataFrame(rows, columns=list(SCORE_COLUMNS))
     return table.astype({"seed": "Int64", "hidden": "int64", "block": "int64"})
+
+
+def _differences(
+    fit: TaskFit, base: dict[str, Any], control: str, chosen: np.ndarray, draws: dict[int, BootstrapDraw]
+) -> list[dict[str, Any]]:
+    """The task's own scores minus a control's; a single own fit is paired with every seed's control."""
+    own, fits = fit.controls["none"], fit.controls[control]
+    both = replace(fits, converged=fits.converged & own.converged)
+    draw, rows = draws[max(len(fits.seeds), len(own.seeds))], []
+    for metric in (m for m in METRICS[fit.kind] if m in PAIRED):
+        values = points(metric, fit, own, chosen).mean(0) - points(metric, fit, fits, chosen).mean(0)
+        spread = replicates(metric, fit, own, chosen, draw) - replicates(metric, fit, fits, chosen, draw)
+        rows += _rows(
+            fit, base, f"difference:{control}", metric, values, spread, both, None, None, float("nan")
+        )  # fmt: skip
+    return rows
 
 
 def item_table(task: Task, fit: TaskFit, *, where: dict[str, str]) -> pd.DataFrame:
     """One row per (test item, hidden state, control, seed).
 
     Columns: item, group, text (the words shown), target (the word itself, or empty), split, label, stack, site, hidden,
-    pooling, probe, control, seed, prediction, bits (bits saved on this item), and the task's metadata columns.
+    pooling, probe, control, seed, prediction, bits (bits saved on this item), and the task's metadata columns. Labels
+    and predictions are numbers for tasks of numbers, and sets joined by commas where items have several labels.
     """
     items = task.items.iloc[fit.test]
     texts = [task.corpus.texts[i] for i in items["text"]]
@@ -145,13 +137,13 @@ def item_table(task: Task, fit: TaskFit, *, where: dict[str, str]) -> pd.DataFra
                 predictions.append(fits.predictions[i, k])
                 bits.append(fits.bits[i, k])
     n, repeats = len(items), len(keys)
-    names = np.array(task.labels, dtype=object)
+    names = np.array(fit.names, dtype=object)
     columns: dict[str, Any] = {}
     for column, values in fixed.items():
         codes, categories = pd.factorize(np.asarray(values, dtype=object))
         columns[column] = _categorical(np.tile(codes, repeats), categories)
-    columns["label"] = _categorical(np.concatenate(labels), names)
-    columns["prediction"] = _categorical(np.concatenate(predictions), names)
+    for column, found in (("label", np.concatenate(labels)), ("prediction", np.concatenate(predictions))):
+        columns[column] = found if fit.kind == "number" else _categorical(found, names)
     for column, value in where.items():
         columns[column] = _categorical(np.zeros(n * repeats, dtype=np.int8), [value])
     columns["hidden"] = np.repeat(np.array([h for h, _, _ in keys], dtype=np.int16), n)
@@ -167,19 +159,6 @@ def _categorical(codes: Any, categories: Any) -> Any:
 
 def _seed_counts(fit: TaskFit) -> set[int]:
     return {1} | {len(f.seeds) for f in fit.controls.values()}
-
-
-def _metric_values(fits: ControlFits, chosen: np.ndarray) -> dict[str, np.ndarray]:
-    """Per-item values, shape (seeds, hidden, chosen items)."""
-    right = fits.predictions[:, :, chosen] == fits.labels[:, None, chosen]
-    return {"accuracy": right.astype(np.float64), "bits": fits.bits[:, :, chosen].astype(np.float64)}
-
-
-def _macro_f1(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-    """F1 averaged over the classes that occur among labels or predictions, shape (seeds, hidden)."""
-    from sklearn.metrics import f1_score
-
-    return np.array([[f1_score(labels, g, average="macro", zero_division=0.0) for g in seed] for seed in predictions])
 
 
 def _rows(

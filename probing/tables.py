@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from probing.metrics import shown_metric
 from probing.tasks.base import LEVELS
 
 #: Columns that tell the curves of one task apart.
 VARIANT = ("stack", "site", "pooling", "probe")
 MISSING = "—"
+#: Short names of the metrics beside a value, where not all tasks have accuracy.
+SHORT_METRICS = {"accuracy": "acc", "micro_f1": "F1", "r2": "R²"}
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -32,23 +35,24 @@ class TaskRow:
         pooling: how sub-words became one vector.
         probe: probe family.
         split: the test split that is reported.
-        best: largest accuracy over hidden states, with interval ``best_low``, ``best_high``.
+        metric: the metric shown: ``accuracy``, for several labels ``micro_f1``, for numbers ``r2``.
+        best: largest value of it over hidden states, with interval ``best_low``, ``best_high``.
         best_low: lower end.
         best_high: upper end.
-        at: hidden state of the largest accuracy (noise on a flat curve; see ``first``).
+        at: hidden state of the largest value (noise on a flat curve; see ``first``).
         first: first hidden state within one standard error of the best of ``first_of``.
         first_of: the score of ``first``: ``accuracy``, or for example ``bits − random-encoder``.
         cog: emergence centre of gravity in hidden states, with interval ``cog_low``, ``cog_high``.
         cog_low: lower end.
         cog_high: upper end.
         cog_of: what the centre of gravity was computed from, for example ``bits − random-encoder``.
-        gap: accuracy minus the random encoder's, at ``at``.
-        selectivity: accuracy minus the word-type control task's, at ``at``.
-        chance: test accuracy of the training split's most frequent class.
+        gap: the metric minus the random encoder's, at ``at``.
+        selectivity: the metric minus the word-type control task's, at ``at``.
+        chance: the metric of always giving the training split's most frequent class (or set of labels, or its mean).
         n: test items.
         n_seeds: distinct fits per point.
         hidden: hidden indices of ``curve``.
-        curve: accuracy per hidden state.
+        curve: the metric per hidden state.
     """
 
     level: str
@@ -58,6 +62,7 @@ class TaskRow:
     pooling: str
     probe: str
     split: str
+    metric: str
     best: float
     best_low: float
     best_high: float
@@ -134,9 +139,9 @@ def overview(scores: pd.DataFrame, summaries: pd.DataFrame) -> list[TaskRow]:
     every = reported(scores)
     for level, task in ordered_tasks(every):
         part = every[every["task"] == task]
-        split = primary_split(part, task)
+        split, metric = primary_split(part, task), shown_metric(part["metric"])
         for variant in variants(part, task):
-            own = curve_rows(part, task=task, variant=variant, control="none", metric="accuracy", split=split)
+            own = curve_rows(part, task=task, variant=variant, control="none", metric=metric, split=split)
             if own.empty:
                 continue
             values = own["value"].to_numpy(float)
@@ -144,10 +149,16 @@ def overview(scores: pd.DataFrame, summaries: pd.DataFrame) -> list[TaskRow]:
             at = None if top is None else int(top["hidden"])
 
             def gap(
-                control: str, *, at: int | None = at, task: str = task, variant: Any = variant, split: str = split
+                control: str,
+                *,
+                at: int | None = at,
+                task: str = task,
+                variant: Any = variant,
+                split: str = split,
+                metric: str = metric,
             ) -> float:
                 found = curve_rows(
-                    scores, task=task, variant=variant, control=f"difference:{control}", metric="accuracy", split=split
+                    scores, task=task, variant=variant, control=f"difference:{control}", metric=metric, split=split
                 )
                 found = found[found["hidden"] == at]
                 return float(found["value"].iloc[0]) if len(found) else float("nan")
@@ -175,6 +186,7 @@ def overview(scores: pd.DataFrame, summaries: pd.DataFrame) -> list[TaskRow]:
                     pooling=variant[2],
                     probe=variant[3],
                     split=split,
+                    metric=metric,
                     best=float("nan") if top is None else float(top["value"]),
                     best_low=float("nan") if top is None else float(top["ci_low"]),
                     best_high=float("nan") if top is None else float(top["ci_high"]),
@@ -258,10 +270,11 @@ def bracket(value: float, low: float, high: float, *, digits: int = 3) -> str:
 def markdown_table(scores: pd.DataFrame, summaries: pd.DataFrame, *, width: int = 120) -> str:
     """The table that goes to a terminal or into a paper, with a legend below it.
 
-    Columns: level, task, largest accuracy with its interval, the hidden state it is at, the first hidden state within
-    one standard error, emergence centre of gravity with its interval, accuracy minus the random encoder's and minus the
-    control task's at that hidden state (selectivity), chance, test items, and accuracy over layers as a sparkline from
-    chance to its maximum. Stack, site, pooling and probe become columns where a task has several.
+    Columns: level, task, largest accuracy with its interval (marked R² for numbers, F1 for several labels), the hidden
+    state it is at, the first hidden state within one standard error, emergence centre of gravity with its interval,
+    the score minus the random encoder's and minus the control task's at that hidden state (selectivity), chance, test
+    items, and the score over layers as a sparkline from chance to its maximum. Stack, site, pooling and probe become
+    columns where a task has several.
 
     Args:
         scores: table of scores.
@@ -283,20 +296,34 @@ def markdown_table(scores: pd.DataFrame, summaries: pd.DataFrame, *, width: int 
 def legend(rows: Sequence[TaskRow], *, width: int = 120) -> str:
     """What the columns of the table mean, in the words that hold for these rows."""
     seeds = sorted({r.n_seeds for r in rows})
-    adjusted = sorted({r.cog_of for r in rows if r.cog_of})
+    adjusted, score = sorted({r.cog_of for r in rows if r.cog_of}), scores_word(rows)
     parts = [
         f"[ ]: 95 % interval, test items by sentence{' crossed with seeds' if seeds and seeds[-1] > 1 else ''}"
         f" ({_numbers(seeds)} distinct fit{'s' if seeds != [1] else ''} per point).",
-        "at: hidden state of the best accuracy (0 = embeddings).",
+        f"at: hidden state of the best {score} (0 = embeddings).",
     ]
     if first := sorted({r.first_of for r in rows if r.first_of}):
         parts.append(f"1SE: the first within one standard error of the best {' or '.join(first)}.")
     if adjusted:
         parts.append(f"CoG: emergence centre of gravity over hidden states, from {' or '.join(adjusted)}.")
-    parts.append("−rand, −ctrl: accuracy minus the random encoder's and minus the word-type control task's, there.")
+    if score != "accuracy":
+        meant = {"acc": "accuracy", "F1": "F1 over all labels", "R²": "share of the test items' variance"}
+        parts.append("; ".join(f"{k}: {meant[k]}" for k in dict.fromkeys(SHORT_METRICS[r.metric] for r in rows)) + ".")
+    parts.append(f"−rand, −ctrl: {score} minus the random encoder's and minus the word-type control task's, there.")
     splits = sorted({r.split for r in rows})
     parts.append(f"chance: the training majority class. Test split: {', '.join(splits)}. layers: from chance to best.")
     return textwrap.fill(" ".join(parts), width)
+
+
+def scores_word(rows: Sequence[TaskRow]) -> str:
+    """``accuracy`` where that is what all rows show, else ``score``."""
+    return "accuracy" if all(r.metric == "accuracy" for r in rows) else "score"
+
+
+def best_words(row: TaskRow, rows: Sequence[TaskRow]) -> str:
+    """A row's best value with its interval; where not all ``rows`` have accuracy, the metric before it."""
+    value = bracket(row.best, row.best_low, row.best_high)
+    return value if scores_word(rows) == "accuracy" else f"{SHORT_METRICS[row.metric]} {value}"
 
 
 def html_table(scores: pd.DataFrame, summaries: pd.DataFrame) -> str:
@@ -321,7 +348,7 @@ def _cells(rows: Sequence[TaskRow], *, points: int) -> list[list[str]]:
             "level",
             "task",
             *several,
-            "best accuracy",
+            f"best {scores_word(rows)}",
             "at",
             "1SE",
             "CoG",
@@ -338,7 +365,7 @@ def _cells(rows: Sequence[TaskRow], *, points: int) -> list[list[str]]:
                 r.level,
                 _cell(names[r.task]),
                 *(_cell(getattr(r, c)) for c in several),
-                bracket(r.best, r.best_low, r.best_high),
+                best_words(r, rows),
                 MISSING if r.at is None else str(r.at),
                 MISSING if r.first is None else str(r.first),
                 bracket(r.cog, r.cog_low, r.cog_high, digits=1),

@@ -45,6 +45,9 @@ _OTHER_SHADE = 0.065
 METRIC_LABELS = {
     "accuracy": "accuracy",
     "macro_f1": "macro-averaged F1",
+    "micro_f1": "F1 over all labels",
+    "r2": "R²",
+    "spearman": "rank correlation",
     "bits": "bits saved per item",
 }
 

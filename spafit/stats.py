@@ -158,6 +158,34 @@ class BootstrapDraw:
             out[rows] = self._over_seeds(per_seed[rows], rows)
         return out
 
+    def spearman(self, labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+        """Replicates of Spearman's rank correlation of every curve, ranked anew in each resample (ties share a rank).
+
+        Args:
+            labels: right numbers, shape (seeds, items).
+            predictions: predicted numbers, shape (seeds, curves, items).
+
+        Returns:
+            float64 array of shape (n_boot, curves); 0 where labels or predictions of a resample do not vary.
+
+        Raises:
+            UsageError: shapes do not fit the draw.
+        """
+        predictions = self._checked(predictions)
+        labels = self._checked(np.asarray(labels)[:, None])[:, 0]
+        per_seed = np.empty((self.n_boot, *predictions.shape[:2]))
+        ties = [(_Ties(labels[s]), [_Ties(curve) for curve in predictions[s]]) for s in range(self.n_seeds)]
+        for rows in self._chunks():
+            weights = self.cluster_counts[rows][:, self.codes].astype(np.float64)
+            for s, (own, curves) in enumerate(ties):
+                right = own.ranks(weights)
+                for c, curve in enumerate(curves):
+                    per_seed[rows, s, c] = _weighted_correlation(right, curve.ranks(weights), weights)
+        out = np.empty((self.n_boot, predictions.shape[1]))
+        for rows in self._chunks():
+            out[rows] = self._over_seeds(per_seed[rows], rows)
+        return out
+
     def _checked(self, values: np.ndarray) -> np.ndarray:
         values = np.asarray(values)
         expected = (self.n_seeds, len(self.codes))
@@ -384,3 +412,27 @@ def _macro_f1(marginals: np.ndarray, right: np.ndarray) -> np.ndarray:
     present = marginals > 0
     f1 = np.divide(2 * right, marginals, out=np.zeros_like(right), where=present)
     return f1.sum(axis=-1, dtype=np.float64) / present.sum(axis=-1)
+
+
+class _Ties:
+    """The order of some numbers, with equal ones together."""
+
+    def __init__(self, values: np.ndarray):
+        self.order = np.argsort(values, kind="stable")
+        found, self.group = np.unique(values, return_inverse=True)
+        self.last = np.searchsorted(values[self.order], found, side="right") - 1
+
+    def ranks(self, weights: np.ndarray) -> np.ndarray:
+        """Middle ranks where each number occurs as often as its weight says; (replicates, items), up to a constant."""
+        upper = np.cumsum(weights[:, self.order], axis=1)[:, self.last]
+        middle = upper - 0.5 * np.diff(upper, axis=1, prepend=0)
+        return middle[:, self.group.ravel()]
+
+
+def _weighted_correlation(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Pearson correlation along the last axis, 0 where one side does not vary."""
+    total = weights.sum(1, keepdims=True)
+    a, b = (v - (weights * v).sum(1, keepdims=True) / total for v in (a, b))
+    size = np.sqrt((weights * a * a).sum(1) * (weights * b * b).sum(1))
+    product = (weights * a * b).sum(1)
+    return np.divide(product, size, out=np.zeros_like(product), where=size > 1e-9)

@@ -296,3 +296,18 @@ def test_stage_scores_come_from_a_comparison(found: Comparison) -> None:
     matrix = forgetting_matrix(stage_scores(found))
     assert list(matrix.index) == ["before", "changed", "same"]
     assert matrix.loc["same"].equals(matrix.loc["before"])
+
+
+def test_numbers_are_compared_in_bits_by_every_family(models: dict[str, Any], tmp_path: Path) -> None:
+    from tests.test_running import number_task
+
+    found = compare(
+        models["base"], models["changed"], tasks=[number_task()], seeds=1, n_boot=100, controls=("word-type",),
+        drift=False, out=tmp_path / "compared", cache_dir=tmp_path / "cache", quiet=True,
+    )  # fmt: skip
+    assert set(found.forgetting["metric"]) == {"bits"}
+    assert np.isfinite(found.forgetting.query("term == 'before'")["value"]).all()
+    assert len(found.summary(metric="bits")) == 1
+    assert found.to_markdown(metric="bits")
+    with pytest.raises(UsageError, match="Tasks of numbers are compared in bits"):
+        found.to_markdown()

@@ -97,6 +97,86 @@ def test_changed_settings_are_not_taken_for_finished_work(small_bert, tmp_path, 
     assert (second["n_train"] == 50).all()
 
 
+def number_task() -> Task:
+    task = word_task("made.number")
+    values = np.random.default_rng(1).standard_normal(len(task.items))
+    return replace(task, labels=(), kind="number", items=task.items.assign(label=task.items["label"] + values))
+
+
+def test_families_of_one_run_share_its_files_and_score_their_own_states_again(small_bert, tmp_path, cache):
+    from analysis.interpretation import interpret
+    from probing.config import ProbeConfig
+    from probing.extraction import extract
+    from probing.planning import extraction_options, plan_probing
+    from probing.running import rows_of_items
+    from probing.transfer import stored_probes
+
+    tasks, names = [word_task(), number_task()], ("linear", "mlp:8")
+    results = quick(small_bert, tmp_path / "run", tasks=tasks, probe=names)
+    assert list(dict.fromkeys(results.scores["probe"])) == list(names)
+    assert results.run["tasks"]["made.number"]["kind"] == "number"
+    assert interpret(results).paths[0].name == "report.html"
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert "best score" in page
+    assert "mlp:8" in page
+    config = ProbeConfig.from_dict({k: v for k, v in results.run["config"].items() if v is not None}, where="run")
+    plan = plan_probing(config, given=tasks, only_given=True)
+    assert plan.done == {"made.plural", "made.number"}
+    corpus = tasks[0].corpus.name
+    store = extract(plan.loaded, plan.needed[corpus].texts, **extraction_options(config, plan.tasks, corpus))
+    for task in tasks:
+        rows, usable = rows_of_items(plan, task, store)
+        test = np.flatnonzero((task.items["split"] == "test").to_numpy())
+        items = results.items(task.name)
+        for name in names:
+            probes = stored_probes(
+                plan.out, task, plan.settings, usable=usable, site="block", pooling="mean", probe=name
+            )
+            assert {c for c, _, _ in probes} == {"none", "word-type"}
+            for (control, seed, hidden), probe in probes.items():
+                own = items[(items["probe"] == name) & (items["control"] == control) & (items["hidden"] == hidden)]
+                own = own[own["seed"] == seed]
+                right, bits = probe.scores(store.words("mean", hidden=hidden, rows=rows[test]), test)
+                np.testing.assert_allclose(bits, own["bits"], atol=1e-5)
+                if task.kind == "number":
+                    assert np.isnan(right).all()
+                else:
+                    np.testing.assert_array_equal(right == 1, (own["label"] == own["prediction"]).to_numpy())
+
+
+def test_probes_of_files_that_name_no_family_are_linear(small_bert, tmp_path, cache):
+    from safetensors.numpy import load_file, save_file
+
+    from probing.fitting import ProbeSettings
+    from probing.transfer import stored_probes
+    from spafit.errors import DataError
+
+    task = word_task()
+    quick(small_bert, tmp_path / "run", tasks=[task])
+    options = {"usable": np.ones(len(task.items), dtype=bool), "site": "block", "pooling": "mean"}
+    settings, file = ProbeSettings(seeds=(0, 1)), tmp_path / "run" / "probes" / "made.plural.safetensors"
+    now = stored_probes(tmp_path / "run", task, settings, **options)
+    save_file({k.replace("/linear/", "/"): v for k, v in load_file(file).items()}, file)
+    earlier = stored_probes(tmp_path / "run", task, settings, **options)
+    assert set(now) == set(earlier)
+    for key, probe in now.items():
+        for name, value in probe.fit.parameters.items():
+            np.testing.assert_array_equal(earlier[key].fit.parameters[name], value)
+    with pytest.raises(DataError, match="no mlp:8 probes"):
+        stored_probes(tmp_path / "run", task, settings, **options, probe="mlp:8")
+
+
+def test_a_rank_above_the_classes_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch):
+    import spafit.models
+
+    def never(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(spafit.models, "load_model", never)
+    with pytest.raises(UsageError, match=r"low-rank:3.*'made\.plural' \(2\)"):
+        probe_layers("no-such-model", [word_task()], probe="low-rank:3", out=tmp_path / "run")
+
+
 def test_a_task_gives_the_same_numbers_alone_and_among_others(small_bert, tmp_path, cache):
     together = quick(small_bert, tmp_path / "both").scores
     alone = quick(small_bert, tmp_path / "one", tasks=[word_task()]).scores

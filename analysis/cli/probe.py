@@ -20,6 +20,7 @@ Examples:
 - `spafit-probe --model bert-large-cased --device cuda`
 - `spafit-probe --model ./my-adapter --tasks core,conllu:UD_English-EWT#upos,deprel`
 - `spafit-probe --tasks table:cola/train.tsv,text=3,label=1 --seeds 5`
+- `spafit-probe --probe linear,mlp:64` fits two families of probes to every hidden state
 - `spafit-probe --dry-run` prints the plan and an estimate of time and disk, and stops
 """
 
@@ -83,6 +84,15 @@ def probe(
     pooling: Annotated[
         str | None,
         _option(_PROBE, "--pooling", help="mean, max, first ([CLS]) or last; several by commas. Default: mean."),
+    ] = None,
+    probes: Annotated[
+        list[str] | None,
+        _option(
+            _PROBE,
+            "--probe",
+            help="linear, low-rank:R, mlp:W or mlp:W,dropout=P; several by commas or repeated. The verdict uses the "
+            "first. Default: linear.",
+        ),
     ] = None,
     controls: Annotated[
         str | None, _option(_PROBE, "--controls", help="word-type, random-encoder, or none. Default: both.")
@@ -166,6 +176,7 @@ def probe(
         "layers": layers,
         "sites": _split(sites),
         "pooling": _split(pooling),
+        "probe": tuple(probes) if probes else None,
         "controls": () if controls == "none" else _split(controls),
         "seeds": None if seeds is None else tuple(range(seeds)),
         "l2": _numbers(l2),

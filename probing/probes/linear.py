@@ -148,7 +148,7 @@ def fit_linear_probes(
         UsageError: shapes, labels or penalties that do not fit together.
         NumericalError: features that are not finite; names the representation.
     """
-    problem = _Problem(x, labels, n_classes, l2, device, max_iterations, tolerance)
+    problem = Problem(x, labels, n_classes, l2, device, max_iterations, tolerance)
     shape = (len(x), len(problem.labels), len(problem.l2))
     if warm_start is not None:
         given = warm_start.weights.shape
@@ -160,7 +160,7 @@ def fit_linear_probes(
     sets, penalties = (i.ravel() for i in np.indices(shape[1:]))
     layers = []
     for b in range(len(x)):
-        layer = _Layer(problem, b)
+        layer = Layer(problem, b)
         layers.append(layer.fit(sets, problem.l2[penalties], start=warm_start))
     return _assemble(problem, layers, shape, problem.l2)
 
@@ -173,22 +173,25 @@ def fit_selected(
     *,
     n_classes: int,
     l2_grid: Sequence[float] = DEFAULT_L2,
+    task_sets: int = 1,
     device: str = "cpu",
     max_iterations: int = 200,
     tolerance: float = DEFAULT_TOLERANCE,
 ) -> tuple[LinearProbeFit, np.ndarray]:
     """Choose the penalty of each representation on dev and fit all label sets at it.
 
-    Label set 0 is the task: it is fitted at every penalty, and the one with the lowest log loss on dev is kept. The
-    others (control tasks) are fitted at that penalty only, since selectivity compares probes of the same settings.
+    The first label set is the task: it is fitted at every penalty, and the one with the lowest log loss on dev is kept.
+    The others (control tasks) are fitted at that penalty only, since selectivity compares probes of the same settings.
 
     Args:
         x_train: training features, (B, n, width).
         labels: training labels, (M, n) or (n,).
         x_dev: dev features, (B, n_dev, width).
-        labels_dev: dev labels, shaped like ``labels``; only label set 0 is read.
+        labels_dev: dev labels, shaped like ``labels``; only those of the task are read.
         n_classes: number of classes.
         l2_grid: penalties to choose from; equal losses go to the first.
+        task_sets: leading label sets that make up the task, such as one per label where items have several; the
+            penalty has the lowest sum of their log losses.
         device: torch device for the products; one with float64.
         max_iterations: see :func:`fit_linear_probes`.
         tolerance: see :func:`fit_linear_probes`.
@@ -200,37 +203,38 @@ def fit_selected(
         UsageError: as :func:`fit_linear_probes`.
         NumericalError: as :func:`fit_linear_probes`.
     """
-    problem = _Problem(x_train, labels, n_classes, l2_grid, device, max_iterations, tolerance)
-    dev = np.atleast_2d(np.asarray(labels_dev))[0]
-    if x_dev.ndim != 3 or x_dev.shape != (len(x_train), len(dev), x_train.shape[2]):
+    problem = Problem(x_train, labels, n_classes, l2_grid, device, max_iterations, tolerance)
+    dev = np.atleast_2d(np.asarray(labels_dev))[:task_sets]
+    if x_dev.ndim != 3 or x_dev.shape != (len(x_train), dev.shape[1], x_train.shape[2]):
         raise UsageError(
-            f"x_dev has shape {tuple(x_dev.shape)}; with {len(dev)} dev labels it must be "
-            f"{(len(x_train), len(dev), x_train.shape[2])}."
+            f"x_dev has shape {tuple(x_dev.shape)}; with {dev.shape[1]} dev labels it must be "
+            f"{(len(x_train), dev.shape[1], x_train.shape[2])}."
         )
-    _check_labels(dev[None], n_classes)
-    grid, controls = len(problem.l2), np.arange(1, len(problem.labels))
+    _check_labels(dev, n_classes)
+    grid, controls = len(problem.l2), np.arange(task_sets, len(problem.labels))
     layers, chosen = [], np.empty(len(x_train))
     for b in range(len(x_train)):
-        layer = _Layer(problem, b)
-        path = layer.fit(np.zeros(grid, dtype=np.int64), problem.l2)
-        scored = _assemble(problem, [path], (1, 1, grid), problem.l2)
+        layer = Layer(problem, b)
+        path = layer.fit(np.repeat(np.arange(task_sets), grid), np.tile(problem.l2, task_sets))
+        scored = _assemble(problem, [path], (1, task_sets, grid), problem.l2)
         best = int(np.argmin(_mean_bits(scored, x_dev[b : b + 1], dev)))
         chosen[b] = problem.l2[best]
-        layers.append(path.take([best]).join(layer.fit(controls, np.full(len(controls), chosen[b]))))
+        kept = path.take(np.arange(task_sets) * grid + best)
+        layers.append(kept.join(layer.fit(controls, np.full(len(controls), chosen[b]))))
     return _assemble(problem, layers, (len(x_train), len(problem.labels), 1), chosen[:, None]), chosen
 
 
 def _mean_bits(fit: LinearProbeFit, x: np.ndarray | torch.Tensor, labels: np.ndarray) -> np.ndarray:
-    """Mean log loss in bits of label set 0 of a single representation, (P,)."""
-    total = np.zeros(fit.weights.shape[2])
-    for start in range(0, len(labels), SCORED_ROWS):
+    """Mean log loss in bits of a single representation, summed over the label sets (sets, items), (P,)."""
+    total, items = np.zeros(fit.weights.shape[2]), labels.shape[1]
+    for start in range(0, items, SCORED_ROWS):
         rows = slice(start, start + SCORED_ROWS)
-        log_p = fit.log_probabilities(x[:, rows], label_set=0)[0]
-        total -= np.take_along_axis(log_p, labels[None, rows, None], 2).sum((1, 2), dtype=np.float64)
-    return total / (len(labels) * _LN2)
+        log_p = fit.log_probabilities(x[:, rows])[0]
+        total -= np.take_along_axis(log_p, labels[:, None, rows, None], 3).sum((0, 2, 3), dtype=np.float64)
+    return total / (items * _LN2)
 
 
-class _Problem:
+class Problem:
     """Checked arguments, and what all representations share."""
 
     def __init__(
@@ -298,7 +302,7 @@ class _Fitted:
     gap: np.ndarray
     iterations: np.ndarray
 
-    def take(self, index: Sequence[int]) -> _Fitted:
+    def take(self, index: Sequence[int] | np.ndarray) -> _Fitted:
         return _Fitted(
             self.mean, self.scale, self.weights[index], self.bias[index], self.gap[index], self.iterations[index]
         )
@@ -309,7 +313,7 @@ class _Fitted:
 
 
 def _assemble(
-    problem: _Problem, layers: Sequence[_Fitted], shape: tuple[int, int, int], l2: np.ndarray
+    problem: Problem, layers: Sequence[_Fitted], shape: tuple[int, int, int], l2: np.ndarray
 ) -> LinearProbeFit:
     def stack(name: str) -> np.ndarray:
         values = np.stack([getattr(layer, name) for layer in layers])
@@ -330,10 +334,10 @@ def _assemble(
     )
 
 
-class _Layer:
+class Layer:
     """One representation, standardised, shuffled and ready to be fitted."""
 
-    def __init__(self, problem: _Problem, b: int):
+    def __init__(self, problem: Problem, b: int):
         import torch
 
         from probing.probes.solver import Gram

@@ -17,7 +17,7 @@ Coefficients have shape (fits, classes, width + 1), the intercept last.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -339,23 +339,33 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum((1, 2))
 
 
-class _History:
-    """Steps and gradient changes of the last iterations; a weight of zero marks a pair that is not used."""
+class Inverse(Protocol):
+    """An approximate inverse Hessian."""
+
+    def apply(self, v: Tensor) -> Tensor:
+        """Its product with ``v`` (fits, …)."""
+        ...
+
+
+class History:
+    """Steps and gradient changes of the last iterations of L-BFGS; a weight of zero marks a pair that is not used."""
 
     def __init__(self) -> None:
         self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def take(self, index: Tensor) -> None:
+        """Keep the fits at ``index``."""
         self.pairs = [(step[index], change[index], weight[index]) for step, change, weight in self.pairs]
 
     def push(self, step: Tensor, change: Tensor, accepted: Tensor) -> None:
+        """Remember a step and the gradient's change along it, where it was accepted."""
         product = _dot(step, change)
         # A pair without positive curvature (rounding, near the minimum) would make the approximation indefinite.
         useful = accepted & (product > 1e-10 * _dot(change, change)) & (product > 0)
         weight = (1 / product).where(useful, product.new_zeros(()))
         self.pairs = [*self.pairs[-(MEMORY - 1) :], (step, change, weight)]
 
-    def direction(self, gradient: Tensor, inverse: _Preconditioner) -> Tensor:
+    def direction(self, gradient: Tensor, inverse: Inverse) -> Tensor:
         """Minus the approximate inverse Hessian times the gradient (two-loop recursion)."""
         q, used = gradient, []
         for step, change, weight in reversed(self.pairs):
@@ -408,7 +418,7 @@ def _minimise(
         torch.full((len(start),), torch.inf, dtype=torch.float64, device=start.device),
         torch.zeros(len(start), dtype=torch.int64, device=start.device),
     )
-    active, history = torch.arange(len(start), device=start.device), _History()
+    active, history = torch.arange(len(start), device=start.device), History()
     place, point = start, fits.evaluate(start, rows)
     refused = torch.zeros_like(active)
     direction, slope, length = torch.zeros_like(start), torch.zeros_like(fits.l2), torch.ones_like(fits.l2)
