@@ -106,13 +106,20 @@ class LinearProbeFit:
         import torch
 
         logits = torch.from_numpy(self.bias[b, m, p]) + features @ torch.from_numpy(self.weights[b, m, p])
-        if self.present[m].all():
-            return torch.log_softmax(logits, 1)
-        present = torch.from_numpy(self.present[m])
-        absent = int((~present).sum())
-        share = 0.5 / (self.n_items + 0.5 * absent)
-        log_p = torch.log_softmax(logits.masked_fill(~present, -torch.inf), 1) + float(np.log1p(-absent * share))
-        return log_p.masked_fill(~present, float(np.log(share)))
+        return log_softmax_with_absent(logits, self.present[m], self.n_items)
+
+
+def log_softmax_with_absent(logits: torch.Tensor, present: np.ndarray, n_items: int) -> torch.Tensor:
+    """Natural log probabilities, (n, classes), with half a pseudo-item's share for classes without training items."""
+    import torch
+
+    if present.all():
+        return torch.log_softmax(logits, 1)
+    there = torch.from_numpy(present)
+    absent = int((~there).sum())
+    share = 0.5 / (n_items + 0.5 * absent)
+    log_p = torch.log_softmax(logits.masked_fill(~there, -torch.inf), 1) + float(np.log1p(-absent * share))
+    return log_p.masked_fill(~there, float(np.log(share)))
 
 
 def fit_linear_probes(
@@ -394,10 +401,9 @@ class _Layer:
         swap = torch.from_numpy(problem.order)[sets][:, :, None].expand(start.shape)
         present = torch.from_numpy(np.take_along_axis(problem.present, problem.order, 1)[sets])
         penalties = torch.from_numpy(l2.astype(np.float32)).to(problem.device)
-        fits = Fits(self.rows, problem.shuffled, index, penalties, present.to(problem.device))
+        fits = Fits(self.rows, problem.shuffled, index, penalties, present.to(problem.device), gram=self.gram)
         found = solve(
             fits,
-            gram=self.gram,
             start=start.gather(1, swap).to(problem.device),
             warm=warm.to(problem.device),
             tolerance=problem.tolerance * _LN2,
