@@ -1,13 +1,13 @@
 """L-BFGS on many objectives together, each with its own steps, history and stopping point.
 
 What differs between families of probes, the objective, its preconditioner and the first step to try, comes from a
-:class:`Problem`. Fits that are done leave the batch; the last step of a fit is taken without another pass to confirm it.
-Coefficients have three axes, the first of which counts fits.
+:class:`Problem`. Fits that are done leave the batch; the last step of a fit is taken without another pass to confirm
+it. Coefficients have three axes, the first of which counts fits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
@@ -50,24 +50,18 @@ class Point:
     scores: Tensor
     covariance: Tensor
 
-    def take(self, index: Tensor) -> Point:
+    def take(self, index: Tensor) -> Self:
         """The points of the fits at ``index``."""
-        return Point(self.value[index], self.gradient[index], self.scores[index], self.covariance[index])
+        return type(self)(*(getattr(self, f.name)[index] for f in fields(self)))
 
-    def where(self, accepted: Tensor, other: Point) -> Point:
+    def where(self, accepted: Tensor, other: Self) -> Self:
         """``other`` for the accepted fits, this point for the rest."""
         if bool(accepted.all()):
             return other
         import torch
 
-        wide = accepted[:, None, None]
-        square = wide if self.covariance.ndim == 3 else accepted[:, None]
-        return Point(
-            torch.where(accepted, other.value, self.value),
-            torch.where(wide, other.gradient, self.gradient),
-            torch.where(wide, other.scores, self.scores),
-            torch.where(square, other.covariance, self.covariance),
-        )
+        pairs = [(getattr(other, f.name), getattr(self, f.name)) for f in fields(self)]
+        return type(self)(*(torch.where(accepted.view(-1, *[1] * (new.ndim - 1)), new, old) for new, old in pairs))
 
 
 class Inverse(Protocol):

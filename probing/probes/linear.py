@@ -155,7 +155,7 @@ def fit_linear_probes(
         UsageError: shapes, labels or penalties that do not fit together.
         NumericalError: features that are not finite; names the representation.
     """
-    problem = _Problem(x, labels, n_classes, l2, device, max_iterations, tolerance)
+    problem = ProbeProblem(x, labels, n_classes, l2, device, max_iterations, tolerance)
     shape = (len(x), len(problem.labels), len(problem.l2))
     if warm_start is not None:
         given = warm_start.weights.shape
@@ -207,14 +207,14 @@ def fit_selected(
         UsageError: as :func:`fit_linear_probes`.
         NumericalError: as :func:`fit_linear_probes`.
     """
-    problem = _Problem(x_train, labels, n_classes, l2_grid, device, max_iterations, tolerance)
+    problem = ProbeProblem(x_train, labels, n_classes, l2_grid, device, max_iterations, tolerance)
     dev = np.atleast_2d(np.asarray(labels_dev))[0]
     if x_dev.ndim != 3 or x_dev.shape != (len(x_train), len(dev), x_train.shape[2]):
         raise UsageError(
             f"x_dev has shape {tuple(x_dev.shape)}; with {len(dev)} dev labels it must be "
             f"{(len(x_train), len(dev), x_train.shape[2])}."
         )
-    _check_labels(dev[None], n_classes)
+    check_labels(dev[None], n_classes)
     grid, controls = len(problem.l2), np.arange(1, len(problem.labels))
     layers, chosen = [], np.empty(len(x_train))
     for b in range(len(x_train)):
@@ -237,8 +237,16 @@ def _mean_bits(fit: LinearProbeFit, x: np.ndarray | torch.Tensor, labels: np.nda
     return total / (len(labels) * _LN2)
 
 
-class _Problem:
-    """Checked arguments, and what all representations share."""
+class ProbeProblem:
+    """Checked arguments, and what all representations share.
+
+    Attributes:
+        labels: (label sets, n), as given.
+        present: bool, (label sets, classes): which classes have training items.
+        order: (label sets, classes): position of each class in the solver, where the first class must be present.
+        place: (n,): where each row goes, so that prefixes are random samples, in whatever order the items came.
+        shuffled: int64, (label sets, n): the solver's labels in the order of the shuffled rows, on the device.
+    """
 
     def __init__(
         self,
@@ -269,7 +277,7 @@ class _Problem:
             )
         if torch.device(device).type == "mps":
             raise UsageError("The probe solver sums losses in float64, which 'mps' does not have. Use device='cpu'.")
-        _check_labels(self.labels, n_classes)
+        check_labels(self.labels, n_classes)
         self.x, self.classes, self.device = x, n_classes, device
         self.max_iterations, self.tolerance = max_iterations, tolerance
         self.n, self.width = x.shape[1], x.shape[2]
@@ -286,7 +294,8 @@ class _Problem:
         self.shuffled = shuffled.to(device)
 
 
-def _check_labels(labels: np.ndarray, n_classes: int) -> None:
+def check_labels(labels: np.ndarray, n_classes: int) -> None:
+    """Raise UsageError unless the labels are integers from 0 to ``n_classes`` - 1."""
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= n_classes:
         raise UsageError(
             f"Labels must be integers from 0 to {n_classes - 1}; got {labels.dtype} from {labels.min()} to "
@@ -316,7 +325,7 @@ class _Fitted:
 
 
 def _assemble(
-    problem: _Problem, layers: Sequence[_Fitted], shape: tuple[int, int, int], l2: np.ndarray
+    problem: ProbeProblem, layers: Sequence[_Fitted], shape: tuple[int, int, int], l2: np.ndarray
 ) -> LinearProbeFit:
     def stack(name: str) -> np.ndarray:
         values = np.stack([getattr(layer, name) for layer in layers])
@@ -340,7 +349,7 @@ def _assemble(
 class _Layer:
     """One representation, standardised, shuffled and ready to be fitted."""
 
-    def __init__(self, problem: _Problem, b: int):
+    def __init__(self, problem: ProbeProblem, b: int):
         import torch
 
         from probing.probes.solver import Gram

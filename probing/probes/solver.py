@@ -1,7 +1,8 @@
 """Many L2-penalised multinomial logistic regressions on one feature matrix, solved together.
 
 The fits of one representation differ in labels and in penalty but share their features, so one product of the features
-with all stacked coefficients serves every fit. L-BFGS runs on all of them at once (:mod:`probing.probes.lbfgs`). Few passes over the data are needed because
+with all stacked coefficients serves every fit. L-BFGS runs on all of them at once (:mod:`probing.probes.lbfgs`). Few
+passes over the data are needed because
 
 * the inverse Hessian starts from a Kronecker approximation: eigenvectors of the Gram matrix for the features and of the
   mean softmax covariance for the classes, damped, plus the penalty (exact where all items get the same prediction);
