@@ -1,9 +1,8 @@
 """Scalar mixes of layers and linear probes on them, many solved together: the objective and its preconditioner.
 
-Fits differ in the layers that take part, in labels and in penalty, but share the layers. Rows are taken a few at a
-time: while their layers lie in the processor's cache they are mixed for every fit, and its own products follow, one
-forwards, two back (for the probe and for the mixing weights). The layers are read once per pass, whatever the number of
-fits, and a pass needs far less arithmetic than one product per layer and fit.
+Fits differ in the layers that take part, in labels and in penalty, but share the layers: for each layer, one product
+with the stacked weights of all fits that read it goes forwards, and one with their residuals goes back. The slopes by
+the mixing weights follow from the latter without a product of their own.
 
 With s the softmax of a fit's logits a over the layers that take part, and x_l the centred layers, the features are
 z = γ Σ s_l x_l with γ = 1 / root mean square of Σ s_l x_l: penalties mean what they mean on standardised features.
@@ -12,68 +11,55 @@ A fit's coefficients are one row: the probe's (classes, width + 1), the intercep
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from probing.probes.lbfgs import Point, Solution, dot, minimise
 from probing.probes.solver import (
+    BLOCK,
     PREFIX_MINIMUM,
     PREFIX_PENALTY,
     PREFIXES,
-    PROBE_ROWS,
     Gram,
     Preconditioner,
     probabilities,
     softmax_covariance,
     softmax_residuals,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Rows handled at a time: few enough for the layers and their mixes to stay in the processor's cache.
-ROWS = 128
-#: Fits whose mixes are held at a time, for the same reason.
-TOGETHER = 8
+#: Rows that give the class covariance and the curvature along a step.
+PROBE_ROWS = 1024
 #: Rows that give the curvature of the mixing weights.
-CURVATURE_ROWS = 512
+CURVATURE_ROWS = 256
 #: Added to that curvature, in nats per item, for directions that hardly change the loss.
 MIX_DAMPING = 1e-3
 #: Largest change of a mixing logit in one step.
 MIX_STEP = 2.0
-#: Rows behind each Gram matrix of the preconditioner, per feature.
-GRAM_SAMPLE = 4
+#: Rows behind each Gram matrix of the preconditioner, at least; four per feature where that is more.
+GRAM_ROWS = 2048
 
 
 class Layers:
-    """Centred training rows of all layers in blocks of :data:`ROWS`, in random order.
+    """Centred training rows of all layers, in random order.
 
     Attributes:
-        blocks: tensors (layers, rows, width).
+        rows: float32, (layers, n, width).
         second: mean product of two layers' entries, float64, (layers, layers).
-        n: number of rows.
     """
 
-    def __init__(self, blocks: list[Tensor]):
+    def __init__(self, rows: Tensor):
         import torch
 
-        self.blocks = blocks
-        self.count, _, self.width = blocks[0].shape
-        self.n = sum(b.shape[1] for b in blocks)
-        self.second = torch.zeros(self.count, self.count, dtype=torch.float64, device=blocks[0].device)
-        for block in blocks:
-            flat = block.reshape(self.count, -1)
+        self.rows = rows
+        self.count, self.n, self.width = rows.shape
+        self.second = torch.zeros(self.count, self.count, dtype=torch.float64, device=rows.device)
+        for start in range(0, self.n, 512):
+            flat = rows[:, start : start + 512].flatten(1)
             self.second += (flat @ flat.T).double()
         self.second /= self.n * self.width
-
-    def first(self, n: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield the position and the layers of the first ``n`` rows, block by block."""
-        for i, block in enumerate(self.blocks):
-            start = i * ROWS
-            if start >= n:
-                return
-            yield start, block if start + block.shape[1] <= n else block[:, : n - start].contiguous()
 
 
 @dataclass
@@ -98,7 +84,7 @@ class Mixes:
         sets: int64, (fits,), the label set of each fit.
         l2: float32, (fits,).
         present: bool, (fits, classes); class 0 must take part, see :class:`probing.probes.solver.Fits`.
-        last: int64, (fits,): layers 0 to ``last`` take part.
+        last: int64, (fits,), descending: layers 0 to ``last`` take part.
         basis: for the preconditioner.
     """
 
@@ -109,13 +95,15 @@ class Mixes:
         import torch
 
         self.layers, self.all_labels, self.sets, self.l2, self.present = layers, labels, sets, l2, present
-        self.last, self.basis, self.n, self.classes = last, basis, layers.n, present.shape[1]
+        self.last, self.basis, self.classes = last, basis, present.shape[1]
         own = labels[sets][:, None]
         self.column, self.other = (own - 1).clamp_min(0), (own > 0).to(l2.dtype)
         penalised = torch.ones(layers.width + 1, dtype=l2.dtype, device=l2.device)
         penalised[-1] = 0
         self.penalty = l2[:, None, None] * penalised
         self.closed = torch.arange(layers.count, device=last.device) > last[:, None]
+        #: How many fits read each layer (they come first), as far as any does.
+        self.readers = [count for count in (~self.closed).sum(0).tolist() if count]
         self.barred = None
         if not bool(present.all()):
             self.barred = torch.where(present[:, 1:], 0.0, -torch.inf).to(l2.dtype)[:, :, None]
@@ -128,7 +116,7 @@ class Mixes:
 
     def on_prefix(self, rows: int) -> Mixes:
         """The same problems, with the penalties that suit a prefix of so many rows."""
-        stronger = self.l2 + PREFIX_PENALTY * (1 / rows - 1 / self.n)
+        stronger = self.l2 + PREFIX_PENALTY * (1 / rows - 1 / self.layers.n)
         fixed = self.sets, stronger, self.present, self.last
         return Mixes(self.layers, self.all_labels, *fixed, basis=self.basis)
 
@@ -151,69 +139,93 @@ class Mixes:
         # Layers that are constant leave nothing to scale.
         return s, (square + 1e-12 * self.layers.second.diagonal().mean().clamp_min(1e-30)).rsqrt()
 
-    def _scores(self, factors: Tensor, relative: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixed features (fits, rows, width) and relative logits (fits, classes - 1, rows)."""
+    def _scores(self, weights: list[Tensor], bias: Tensor, rows: slice) -> Tensor:
+        """Relative logits (fits, classes - 1, rows) of each layer's weights (readers × (classes - 1), width)."""
         import torch
 
-        z = (factors @ x.flatten(1)).view(len(factors), *x.shape[1:])
-        return z, torch.baddbmm(relative[:, :, -1:], relative[:, :, :-1], z.transpose(1, 2))
+        layers = self.layers.rows[:, rows].transpose(1, 2)
+        scores = torch.addmm(bias.view(-1, 1), weights[0], layers[0])  # every fit reads layer 0
+        for own, layer in zip(weights[1:], layers[1:], strict=False):
+            scores[: len(own)].addmm_(own, layer)
+        return scores.view(*bias.shape, -1)
+
+    def _per_layer(self, factors: Tensor, relative: Tensor) -> list[Tensor]:
+        """Factors (fits, layers) times weights (fits, classes - 1, width), for the readers of each layer."""
+        return [
+            (factors[:readers, layer, None, None] * relative[:readers]).flatten(0, 1)
+            for layer, readers in enumerate(self.readers)
+        ]
 
     def evaluate(self, coefficients: Tensor, n: int) -> MixPoint:
-        """Objective and gradient on the first ``n`` rows."""
+        """Objective and gradient on the first ``n`` rows, in blocks of rows."""
         import torch
 
         probe, a = self.parts(coefficients)
         s, gamma = self.mixing(a)
         factors = (gamma[:, None] * s).to(probe)
-        relative = probe[:, 1:] - probe[:, :1]
-        fits, probe_rows, curved = len(probe), min(n, PROBE_ROWS), min(n, CURVATURE_ROWS)
+        relative, bias = _relative(probe)
+        weights = self._per_layer(factors, relative)
+        fits, classes, width = relative.shape
         loss = torch.zeros(fits, dtype=torch.float64, device=probe.device)
-        gradient = torch.zeros_like(relative)
-        by_factor = torch.zeros(fits, self.layers.count, dtype=torch.float64, device=probe.device)
-        scores_kept: list[list[Tensor]] = []
-        covariance: list[Tensor] = []
-        curvature = torch.zeros(fits, self.layers.count, self.layers.count, dtype=torch.float64, device=probe.device)
-        groups = [slice(i, min(i + TOGETHER, fits)) for i in range(0, fits, TOGETHER)]
-        counted = 0
-        for start, x in self.layers.first(n):
-            counted += x.shape[1] if start < curved else 0
-            rows = slice(start, start + x.shape[1])
-            probed = max(0, min(probe_rows - start, x.shape[1]))
-            kept: list[Tensor] = []
-            spread: list[Tensor] = []
-            for group in groups:
-                column, other, own = self.column[group, :, rows], self.other[group, :, rows], relative[group]
-                z, scores = self._scores(factors[group], own, x)
-                if self.barred is not None:
-                    scores += self.barred[group]
-                kept.append(scores[:, :, :probed].clone())
-                part_loss, p = softmax_residuals(scores, column, other, probed)
-                loss[group] += part_loss
-                gradient[group, :, :-1].baddbmm_(scores, z)
-                gradient[group, :, -1] += scores.sum(2)
-                back = torch.bmm(scores.transpose(1, 2), own[:, :, :-1], out=z)
-                by_factor[group] += (back.flatten(1) @ x.flatten(1).T).double()
-                if probed > 0:
-                    spread.append(softmax_covariance(p) / probe_rows)
-                if start < curved:
-                    curvature[group] += _curvature(own, x, p)
+        by_layer = [relative.new_zeros(readers * classes, width) for readers in self.readers]
+        by_bias = torch.zeros_like(bias)
+        probe_rows = min(n, PROBE_ROWS)
+        kept: list[Tensor] = []
+        covariance: Tensor | float = 0.0
+        step = max(256, BLOCK // (fits * self.classes))
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            column, other = self.column[:, :, rows], self.other[:, :, rows]
+            scores = self._scores(weights, bias, rows)
+            if self.barred is not None:
+                scores += self.barred
+            probed = max(0, min(probe_rows, rows.stop) - start)
             if probed > 0:
-                scores_kept.append(kept)
-                covariance = spread if not covariance else [c + d for c, d in zip(covariance, spread, strict=True)]
+                kept.append(scores[:, :, :probed].clone())
+            part_loss, p = softmax_residuals(scores, column, other, probed)
+            loss += part_loss
+            if probed > 0:
+                covariance = covariance + softmax_covariance(p) / probe_rows
+            by_bias += scores.sum(2)
+            flat = scores.view(fits * classes, -1)
+            for layer, own in enumerate(by_layer):
+                own.addmm_(flat[: len(own)], self.layers.rows[layer, rows])
         shrink = self.penalty * probe
         value = loss / n + 0.5 * (shrink * probe).sum((1, 2), dtype=torch.float64)
-        later = gradient / n
+        gradient = torch.zeros_like(relative)
+        by_factor = torch.zeros_like(s)
+        for layer, readers in enumerate(self.readers):
+            own = by_layer[layer].view(readers, classes, width)
+            gradient[:readers] += factors[:readers, layer, None, None] * own
+            by_factor[:readers, layer] = (own * relative[:readers]).sum((1, 2), dtype=torch.float64)
+        later = torch.cat([gradient, by_bias[:, :, None]], 2) / n
+        # The residuals of all classes sum to zero, so those of the first follow from the others.
         by_probe = torch.cat([-later.sum(1, keepdim=True), later], 1) + shrink
         slopes = self._slopes(s, gamma)
         by_logit = ((by_factor / n)[:, None] @ slopes)[:, 0]
+        scores = torch.cat(kept, 2)
+        assert isinstance(covariance, torch.Tensor)
         return MixPoint(
             value,
             torch.cat([by_probe.flatten(1), by_logit.to(probe)], 1)[:, None],
-            torch.cat([torch.cat(kept) for kept in scores_kept], 2),
-            torch.cat(covariance),
-            slopes.transpose(1, 2) @ (curvature / counted) @ slopes,
+            scores,
+            covariance,
+            slopes.transpose(1, 2) @ self._curvature(relative, scores) @ slopes,
             coefficients,
         )
+
+    def _curvature(self, relative: Tensor, scores: Tensor) -> Tensor:
+        """Gauss-Newton curvature by the factors γ s_l on the first rows, (fits, layers, layers), float64."""
+        fits, classes, width = relative.shape
+        count = min(CURVATURE_ROWS, scores.shape[2])
+        u = relative.new_zeros(fits, self.layers.count, classes, count)
+        for layer, readers in enumerate(self.readers):
+            own = relative[:readers].reshape(readers * classes, width) @ self.layers.rows[layer, :count].T
+            u[:readers, layer] = own.view(readers, classes, count)
+        weighted = u * probabilities(scores[:, :, :count])[:, None, 1:]
+        total = weighted.sum(2)
+        found = weighted.flatten(2) @ u.flatten(2).transpose(1, 2) - total @ total.transpose(1, 2)
+        return found.double() / count
 
     def _slopes(self, s: Tensor, gamma: Tensor) -> Tensor:
         """Derivatives of the factors γ s_l by the mixing logits, (fits, layers, layers)."""
@@ -232,40 +244,28 @@ class Mixes:
 
     def step_length(self, point: Point, direction: Tensor, slope: Tensor) -> Tensor:
         """Step along ``direction``; see :meth:`probing.probes.solver.Fits.step_length`."""
-        import torch
-
         assert isinstance(point, MixPoint)
         (probe, a), (probe_step, a_step) = self.parts(point.coefficients), self.parts(direction)
         s, gamma = self.mixing(a)
         factors = (gamma[:, None] * s).to(probe)
         factor_step = (self._slopes(s, gamma) @ a_step[:, :, None].double())[:, :, 0].to(probe)
-        relative, relative_step = probe[:, 1:] - probe[:, :1], probe_step[:, 1:] - probe_step[:, :1]
-        without = torch.cat([relative[:, :, :-1], torch.zeros_like(relative[:, :, -1:])], 2)
+        relative, (relative_step, bias_step) = _relative(probe)[0], _relative(probe_step)
+        pairs = zip(self._per_layer(factors, relative_step), self._per_layer(factor_step, relative), strict=True)
+        weights = [a + b for a, b in pairs]
         rows = point.scores.shape[2]
-        curvature = torch.zeros_like(slope)
-        for start, x in self.layers.first(rows):
-            before = point.scores[:, :, start : start + x.shape[1]]
-            change = self._scores(factors, relative_step, x)[1] + self._scores(factor_step, without, x)[1]
-            gained = probabilities(before + change)[:, 1:] - probabilities(before)[:, 1:]
-            curvature += (gained * change).sum((1, 2))
-        curvature = curvature / rows + dot(self.penalty * probe_step, probe_step)
+        change = self._scores(weights, bias_step, slice(0, rows))
+        # The first class's relative logit does not change, so its probability drops out.
+        before, after = (probabilities(v)[:, 1:] for v in (point.scores, point.scores + change))
+        curvature = ((after - before) * change).sum((1, 2)) / rows + dot(self.penalty * probe_step, probe_step)
         length = (-slope / curvature.clamp_min(1e-30)).clamp(0.1, 5.0)
-        length = length if rows == self.n else length.sqrt()
+        length = length if rows == self.layers.n else length.sqrt()
         return length.minimum(MIX_STEP / a_step.abs().amax(1).clamp_min(1e-30))
 
 
-def _curvature(relative: Tensor, x: Tensor, p: Tensor) -> Tensor:
-    """Sum over rows of the Gauss-Newton curvature by the factors, (fits, layers, layers), float64."""
-    weights = relative[:, :, :-1]
-    p = p[:, 1:]
-    u = (
-        (weights.flatten(0, 1) @ x.flatten(0, 1).T)
-        .view(*weights.shape[:2], *x.shape[:2])
-        .transpose(1, 2)[..., : p.shape[2]]
-    )
-    weighted = u * p[:, None]
-    total = weighted.sum(2)
-    return (weighted.flatten(2) @ u.flatten(2).transpose(1, 2) - total @ total.transpose(1, 2)).double()
+def _relative(probe: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (fits, classes - 1, width) and intercepts (fits, classes - 1) relative to the first class."""
+    relative = probe[:, 1:] - probe[:, :1]
+    return relative[:, :, :-1].contiguous(), relative[:, :, -1].contiguous()
 
 
 class Basis:
@@ -291,11 +291,10 @@ class Basis:
         s, gamma = fits.mixing(fits.parts(coefficients)[1])
         lasts, which = fits.last.unique(return_inverse=True)
         factors = torch.stack([(gamma[:, None] * s)[which == i].mean(0) for i in range(len(lasts))]).float()
-        sample = list(fits.layers.first(max(PROBE_ROWS, GRAM_SAMPLE * fits.layers.width)))
+        sample = fits.layers.rows[:, : max(GRAM_ROWS, 4 * fits.layers.width)]
         grams = []
         for factor in factors:
-            rows = [(factor[None] @ x.flatten(1)).view(x.shape[1:]) for _, x in sample]
-            mixed = torch.cat(rows)
+            mixed = torch.einsum("l,lnd->nd", factor, sample)
             grams.append(Gram(torch.cat([mixed, mixed.new_ones(len(mixed), 1)], 1)))
         return cls(grams, which)
 
@@ -364,9 +363,9 @@ def solve_mixes(fits: Mixes, *, tolerance: float, max_iterations: int) -> Soluti
     """
     start = fits.start()
     for share, passes in PREFIXES:
-        rows = int(share * fits.n)
+        rows = int(share * fits.layers.n)
         if rows >= PREFIX_MINIMUM // 2:
             fits.basis = Basis.at(fits, start)
             start = minimise(fits.on_prefix(rows), start, rows=rows, tolerance=tolerance, passes=passes).coefficients
     fits.basis = Basis.at(fits, start)
-    return minimise(fits, start, rows=fits.n, tolerance=tolerance, passes=max_iterations)
+    return minimise(fits, start, rows=fits.layers.n, tolerance=tolerance, passes=max_iterations)

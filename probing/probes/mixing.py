@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 #: Bits per item: a fit stops once its estimated distance from the minimum is below this, after one more step. Tighter
 #: than the linear probe's, because gains of one layer over those below it are small.
-MIX_TOLERANCE = 0.001
+MIX_TOLERANCE = 0.0002
 #: Rows that are scored at a time.
 SCORED_ROWS = 1024
 
@@ -138,7 +138,7 @@ def fit_mixes(
 ) -> MixFit:
     """Fit the mix of layers 0 to l for every l in ``last``; each with the penalty that dev prefers.
 
-    All mixes are trained at once: a pass reads the layers one time, whatever the number of mixes, label sets and
+    All mixes are trained at once: a pass reads each layer one time, whatever the number of mixes, label sets and
     penalties. Label set 0 is the task, fitted at every penalty; the others (control tasks) are fitted at its choice.
     The same call gives the same bytes on one machine with one number of threads.
 
@@ -211,7 +211,7 @@ class _Data:
     def __init__(self, problem: ProbeProblem):
         import torch
 
-        from probing.probes.mix_solver import ROWS, Layers
+        from probing.probes.mix_solver import Layers
 
         self.problem, x = problem, problem.x
         found = [moments(layer, b) for b, layer in enumerate(x)]
@@ -228,15 +228,17 @@ class _Data:
                 norms[b] += float(rows.double().norm(dim=1).sum())
                 shuffled[b, problem.place[part]] = (rows - centre) * factor
         self.norms, self.varies = norms / problem.n, varies
-        starts = range(0, problem.n, ROWS)
-        self.layers = Layers([shuffled[:, i : i + ROWS].contiguous().to(problem.device) for i in starts])
+        self.layers = Layers(shuffled.to(problem.device))
 
     def fit(self, last: np.ndarray, sets: np.ndarray, l2: np.ndarray) -> dict[str, np.ndarray]:
         """Fit label set ``sets[i]`` on the mix of layers 0 to ``last[i]`` with penalty ``l2[i]`` for every i."""
+        order = np.argsort(-last, kind="stable")  # fits that read a layer come first
+        last, sets, l2 = last[order], sets[order], l2[order]
         size = max(1, BATCH_COEFFICIENTS // (self.problem.classes * (self.problem.width + 1)))
         parts = [slice(i, i + size) for i in range(0, len(sets), size)]
         found = [self._fit_together(last[p], sets[p], l2[p]) for p in parts]
-        return {name: np.concatenate([f[name] for f in found]) for name in found[0]}
+        back = np.argsort(order)
+        return {name: np.concatenate([f[name] for f in found])[back] for name in found[0]}
 
     def _fit_together(self, last: np.ndarray, sets: np.ndarray, l2: np.ndarray) -> dict[str, np.ndarray]:
         import torch
