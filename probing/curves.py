@@ -17,7 +17,8 @@ class LayerCurve:
         hidden: hidden indices, ascending (0 = embeddings), shape (hidden,).
         values: score per hidden state, shape (hidden,); the unit is ``metric``'s (``bits`` per item by default).
         replicates: bootstrap replicates of ``values``, items (by cluster) crossed with seeds, (replicates, hidden).
-            Within one replicate all hidden states share the resample: differences along the curve are paired.
+            Within one replicate all hidden states share the resample: differences along the curve are paired. None,
+            (0, hidden), where there are no items behind the curve, such as for published ones.
         metric: ``bits`` (bits saved per item), ``accuracy`` or another score column.
         adjusted_by: the control subtracted at each hidden state (``random-encoder``, ``word-type``) or ``none``.
         n_items: number of distinct test items behind the curve.

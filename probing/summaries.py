@@ -103,12 +103,19 @@ def expected_layer_robust(scores: np.ndarray, hidden: np.ndarray | None = None) 
         A layer between the second and the last of ``hidden``, or NaN.
     """
     y, layers = _curve(scores, hidden)
-    upper = np.diff(y[len(y) // 2 :])
-    noise = upper.std(ddof=1) / math.sqrt(2) if len(upper) > 1 else 0.0
     gain = y.max() - y[0]
-    if gain <= 0 or gain < MIN_GAIN_SE * noise:
+    if gain <= 0 or gain < MIN_GAIN_SE * curve_noise(y):
         return math.nan
     return float(_centre(y, layers))
+
+
+def curve_noise(scores: np.ndarray) -> float:
+    """Noise of a curve without items: sd of successive differences over the upper half of the layers, divided by √2.
+
+    Zero where the upper half has fewer than three layers. A rise there counts as noise, too.
+    """
+    upper = np.diff(np.asarray(scores, dtype=np.float64)[len(scores) // 2 :])
+    return float(upper.std(ddof=1)) / math.sqrt(2) if len(upper) > 1 else 0.0
 
 
 def emergence(curve: LayerCurve, *, level: float = 0.95, n_draws: int = 1000, seed: int = 0) -> Emergence:

@@ -16,6 +16,7 @@ from analysis.cli.glue import EXAMPLES as GLUE_EXAMPLES
 from analysis.cli.glue import glue
 from analysis.cli.probe import EXAMPLES, probe
 from analysis.cli.report import report
+from analysis.cli.summarize import summarize
 from analysis.cli.tasks import tasks_app
 from analysis.cli.tradeoff import EXAMPLES as TRADEOFF_EXAMPLES
 from analysis.cli.tradeoff import tradeoff
@@ -40,6 +41,7 @@ app.command("glue", epilog=GLUE_EXAMPLES)(glue)
 app.command("compare", epilog=COMPARE_EXAMPLES)(compare)
 app.command("tradeoff", epilog=TRADEOFF_EXAMPLES)(tradeoff)
 app.command("report")(report)
+app.command("summarize")(summarize)
 app.command("cite")(cite)
 app.add_typer(tasks_app, name="tasks")
 app.add_typer(cache_app, name="cache")

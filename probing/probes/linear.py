@@ -106,13 +106,20 @@ class LinearProbeFit:
         import torch
 
         logits = torch.from_numpy(self.bias[b, m, p]) + features @ torch.from_numpy(self.weights[b, m, p])
-        if self.present[m].all():
-            return torch.log_softmax(logits, 1)
-        present = torch.from_numpy(self.present[m])
-        absent = int((~present).sum())
-        share = 0.5 / (self.n_items + 0.5 * absent)
-        log_p = torch.log_softmax(logits.masked_fill(~present, -torch.inf), 1) + float(np.log1p(-absent * share))
-        return log_p.masked_fill(~present, float(np.log(share)))
+        return log_softmax_with_absent(logits, self.present[m], self.n_items)
+
+
+def log_softmax_with_absent(logits: torch.Tensor, present: np.ndarray, n_items: int) -> torch.Tensor:
+    """Natural log probabilities, (n, classes), with half a pseudo-item's share for classes without training items."""
+    import torch
+
+    if present.all():
+        return torch.log_softmax(logits, 1)
+    there = torch.from_numpy(present)
+    absent = int((~there).sum())
+    share = 0.5 / (n_items + 0.5 * absent)
+    log_p = torch.log_softmax(logits.masked_fill(~there, -torch.inf), 1) + float(np.log1p(-absent * share))
+    return log_p.masked_fill(~there, float(np.log(share)))
 
 
 def fit_linear_probes(
@@ -148,7 +155,7 @@ def fit_linear_probes(
         UsageError: shapes, labels or penalties that do not fit together.
         NumericalError: features that are not finite; names the representation.
     """
-    problem = Problem(x, labels, n_classes, l2, device, max_iterations, tolerance)
+    problem = ProbeProblem(x, labels, n_classes, l2, device, max_iterations, tolerance)
     shape = (len(x), len(problem.labels), len(problem.l2))
     if warm_start is not None:
         given = warm_start.weights.shape
@@ -203,14 +210,14 @@ def fit_selected(
         UsageError: as :func:`fit_linear_probes`.
         NumericalError: as :func:`fit_linear_probes`.
     """
-    problem = Problem(x_train, labels, n_classes, l2_grid, device, max_iterations, tolerance)
+    problem = ProbeProblem(x_train, labels, n_classes, l2_grid, device, max_iterations, tolerance)
     dev = np.atleast_2d(np.asarray(labels_dev))[:task_sets]
     if x_dev.ndim != 3 or x_dev.shape != (len(x_train), dev.shape[1], x_train.shape[2]):
         raise UsageError(
             f"x_dev has shape {tuple(x_dev.shape)}; with {dev.shape[1]} dev labels it must be "
             f"{(len(x_train), dev.shape[1], x_train.shape[2])}."
         )
-    _check_labels(dev, n_classes)
+    check_labels(dev, n_classes)
     grid, controls = len(problem.l2), np.arange(task_sets, len(problem.labels))
     layers, chosen = [], np.empty(len(x_train))
     for b in range(len(x_train)):
@@ -234,8 +241,16 @@ def _mean_bits(fit: LinearProbeFit, x: np.ndarray | torch.Tensor, labels: np.nda
     return total / (items * _LN2)
 
 
-class Problem:
-    """Checked arguments, and what all representations share."""
+class ProbeProblem:
+    """Checked arguments, and what all representations share.
+
+    Attributes:
+        labels: (label sets, n), as given.
+        present: bool, (label sets, classes): which classes have training items.
+        order: (label sets, classes): position of each class in the solver, where the first class must be present.
+        place: (n,): where each row goes, so that prefixes are random samples, in whatever order the items came.
+        shuffled: int64, (label sets, n): the solver's labels in the order of the shuffled rows, on the device.
+    """
 
     def __init__(
         self,
@@ -266,7 +281,7 @@ class Problem:
             )
         if torch.device(device).type == "mps":
             raise UsageError("The probe solver sums losses in float64, which 'mps' does not have. Use device='cpu'.")
-        _check_labels(self.labels, n_classes)
+        check_labels(self.labels, n_classes)
         self.x, self.classes, self.device = x, n_classes, device
         self.max_iterations, self.tolerance = max_iterations, tolerance
         self.n, self.width = x.shape[1], x.shape[2]
@@ -283,7 +298,8 @@ class Problem:
         self.shuffled = shuffled.to(device)
 
 
-def _check_labels(labels: np.ndarray, n_classes: int) -> None:
+def check_labels(labels: np.ndarray, n_classes: int) -> None:
+    """Raise UsageError unless the labels are integers from 0 to ``n_classes`` - 1."""
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= n_classes:
         raise UsageError(
             f"Labels must be integers from 0 to {n_classes - 1}; got {labels.dtype} from {labels.min()} to "
@@ -313,7 +329,7 @@ class _Fitted:
 
 
 def _assemble(
-    problem: Problem, layers: Sequence[_Fitted], shape: tuple[int, int, int], l2: np.ndarray
+    problem: ProbeProblem, layers: Sequence[_Fitted], shape: tuple[int, int, int], l2: np.ndarray
 ) -> LinearProbeFit:
     def stack(name: str) -> np.ndarray:
         values = np.stack([getattr(layer, name) for layer in layers])
@@ -337,7 +353,7 @@ def _assemble(
 class Layer:
     """One representation, standardised, shuffled and ready to be fitted."""
 
-    def __init__(self, problem: Problem, b: int):
+    def __init__(self, problem: ProbeProblem, b: int):
         import torch
 
         from probing.probes.solver import Gram
@@ -398,10 +414,9 @@ class Layer:
         swap = torch.from_numpy(problem.order)[sets][:, :, None].expand(start.shape)
         present = torch.from_numpy(np.take_along_axis(problem.present, problem.order, 1)[sets])
         penalties = torch.from_numpy(l2.astype(np.float32)).to(problem.device)
-        fits = Fits(self.rows, problem.shuffled, index, penalties, present.to(problem.device))
+        fits = Fits(self.rows, problem.shuffled, index, penalties, present.to(problem.device), gram=self.gram)
         found = solve(
             fits,
-            gram=self.gram,
             start=start.gather(1, swap).to(problem.device),
             warm=warm.to(problem.device),
             tolerance=problem.tolerance * _LN2,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probing.probes.fitted import FamilyFit, FittedProbe
-from probing.probes.linear import DEFAULT_L2, Layer, Problem
+from probing.probes.linear import DEFAULT_L2, Layer, ProbeProblem
 from probing.probes.outputs import absent_outputs, fixed_log_odds, loss_and_residual
 from probing.probes.standardise import standardised_rows
 from probing.tasks.base import Kind
@@ -74,7 +74,7 @@ def fit_low_rank_probes(
         NumericalError: features that are not finite.
     """
     sets = targets if kind == "classes" else targets.transpose(0, 2, 1).reshape(-1, targets.shape[1]).astype(np.int64)
-    problem = Problem(x_train, sets, n_classes if kind == "classes" else 2, l2_grid, device, 200, 0.004)
+    problem = ProbeProblem(x_train, sets, n_classes if kind == "classes" else 2, l2_grid, device, 200, 0.004)
     absent = absent_outputs(targets, n_classes, kind=kind)
     grid, n_sets = problem.l2, len(targets)
     probes, converged, chosen = [], np.empty((len(x_train), n_sets), dtype=bool), np.empty(len(x_train))
@@ -260,7 +260,7 @@ def _minimise(objective: _Objective, start: Tensor) -> tuple[Tensor, Tensor]:
     """L-BFGS on all fits at once, each with its own steps; returns where they stopped, and whether at a minimum."""
     import torch
 
-    from probing.probes.solver import History
+    from probing.probes.lbfgs import History
 
     solution, met = start.clone(), torch.zeros(len(start), dtype=torch.bool, device=start.device)
     active, history, inverse = torch.arange(len(start), device=start.device), History(), _Identity()

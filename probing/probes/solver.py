@@ -1,14 +1,13 @@
 """Many L2-penalised multinomial logistic regressions on one feature matrix, solved together.
 
 The fits of one representation differ in labels and in penalty but share their features, so one product of the features
-with all stacked coefficients serves every fit. L-BFGS runs on all of them at once, each with its own steps, history and
-stopping point; fits that are done leave the batch. Few passes over the data are needed because
+with all stacked coefficients serves every fit. L-BFGS runs on all of them at once (:mod:`probing.probes.lbfgs`). Few
+passes over the data are needed because
 
 * the inverse Hessian starts from a Kronecker approximation: eigenvectors of the Gram matrix for the features and of the
   mean softmax covariance for the classes, damped, plus the penalty (exact where all items get the same prediction);
 * the length of each step comes from the curvature along it on a few rows, so that trial steps are hardly ever refused;
-* with many rows, the first iterations run on growing prefixes of the shuffled rows;
-* the last step of a fit is taken without another pass to confirm it.
+* with many rows, the first iterations run on growing prefixes of the shuffled rows.
 
 Objectives are in nats per item here; callers convert to bits. Losses accumulate in float64, products run in float32.
 Coefficients have shape (fits, classes, width + 1), the intercept last.
@@ -16,16 +15,15 @@ Coefficients have shape (fits, classes, width + 1), the intercept last.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from probing.probes.lbfgs import Point, Solution, dot, minimise
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 #: Added to the class covariance's eigenvalues: without it, steps are far too long once most items are predicted well.
 DAMPING = 0.02
-#: Iterations whose curvature is remembered per fit.
-MEMORY = 10
 #: Scores computed at a time (fits × classes × rows): about what a processor's cache holds.
 BLOCK = 2**18
 #: Rows that give the class covariance and the curvature along a step.
@@ -49,49 +47,6 @@ BLOCK_PASSES = 4.0
 BLOCK_NUMBERS = 2**26
 #: Above this many classes the class covariance's diagonal stands for the whole of it.
 FULL_COVARIANCE = 128
-#: Shorter steps tried in a row before a fit is left where it is.
-REFUSALS = 8
-
-
-@dataclass
-class Solution:
-    """Where the fits stopped.
-
-    Attributes:
-        coefficients: (fits, classes, width + 1), the intercept last.
-        gap: estimate of the objective's distance from its minimum before the last step, nats per item, (fits,).
-        passes: evaluations on all rows, (fits,).
-    """
-
-    coefficients: Tensor
-    gap: Tensor
-    passes: Tensor
-
-
-@dataclass
-class _Point:
-    value: Tensor  # (fits,), float64: objective
-    gradient: Tensor  # (fits, classes, width + 1)
-    scores: Tensor  # (fits, classes - 1, probe rows): relative logits of the first rows
-    covariance: Tensor  # (fits, classes, classes), or (fits, classes): mean softmax covariance on the first rows
-
-    def take(self, index: Tensor) -> _Point:
-        return _Point(self.value[index], self.gradient[index], self.scores[index], self.covariance[index])
-
-    def where(self, accepted: Tensor, other: _Point) -> _Point:
-        """``other`` for the accepted fits, this point for the rest."""
-        if bool(accepted.all()):
-            return other
-        import torch
-
-        wide = accepted[:, None, None]
-        square = wide if self.covariance.ndim == 3 else accepted[:, None]
-        return _Point(
-            torch.where(accepted, other.value, self.value),
-            torch.where(wide, other.gradient, self.gradient),
-            torch.where(wide, other.scores, self.scores),
-            torch.where(square, other.covariance, self.covariance),
-        )
 
 
 class Fits:
@@ -105,11 +60,17 @@ class Fits:
         l2: float32, (fits,).
         present: bool, (fits, classes); classes that do not take part get probability zero. Class 0 must take part: the
             other classes' logits are taken relative to its own, which spares its share of every product.
+        gram: eigenvectors of the features, for the preconditioner.
+        blocks: class blocks of the Hessian, where they are used.
     """
 
-    def __init__(self, rows: Tensor, labels: Tensor, sets: Tensor, l2: Tensor, present: Tensor):
+    def __init__(
+        self, rows: Tensor, labels: Tensor, sets: Tensor, l2: Tensor, present: Tensor, *, gram: Gram,
+        blocks: Blocks | None = None,
+    ):  # fmt: skip
         import torch
 
+        self.gram, self.blocks = gram, blocks
         self.rows, self.all_labels, self.sets, self.l2, self.present = rows, labels, sets, l2, present
         own = labels[sets][:, None]
         self.column, self.other = (own - 1).clamp_min(0), (own > 0).to(rows.dtype)
@@ -123,19 +84,21 @@ class Fits:
 
     def take(self, index: Tensor) -> Fits:
         """The problems at ``index``."""
-        return Fits(self.rows, self.all_labels, self.sets[index], self.l2[index], self.present[index])
+        blocks = None if self.blocks is None else self.blocks.take(index)
+        chosen = self.sets[index], self.l2[index], self.present[index]
+        return Fits(self.rows, self.all_labels, *chosen, gram=self.gram, blocks=blocks)
 
     def on_prefix(self, rows: int) -> Fits:
         """The same problems, with the penalties that suit a prefix of so many rows."""
         stronger = self.l2 + PREFIX_PENALTY * (1 / rows - 1 / self.n)
-        return Fits(self.rows, self.all_labels, self.sets, stronger, self.present)
+        return Fits(self.rows, self.all_labels, self.sets, stronger, self.present, gram=self.gram)
 
     def scores(self, coefficients: Tensor, rows: Tensor) -> Tensor:
         """Logits of the classes after the first, relative to it, (fits, classes - 1, rows)."""
         relative = (coefficients[:, 1:] - coefficients[:, :1]).flatten(0, 1)
         return (relative @ rows.T).view(len(coefficients), self.classes - 1, len(rows))
 
-    def evaluate(self, coefficients: Tensor, n: int) -> _Point:
+    def evaluate(self, coefficients: Tensor, n: int) -> Point:
         """Objective and gradient on the first ``n`` rows, in blocks of rows: one product forwards, one back."""
         import torch
 
@@ -155,17 +118,10 @@ class Fits:
             probed = min(probe_rows - start, len(rows))
             if probed > 0:
                 kept.append(scores[:, :, :probed].clone())
-            first = -scores.amax(1, keepdim=True).clamp_min_(0)  # the first class's logit after the shift
-            scores += first
-            chosen = torch.where(other > 0, scores.gather(1, column), first)
-            first.exp_()
-            total = scores.exp_().sum(1, keepdim=True) + first
-            loss += (total.log() - chosen).sum((1, 2), dtype=torch.float64)
-            scores /= total
+            part_loss, p = softmax_residuals(scores, column, other, max(0, probed))
+            loss += part_loss
             if probed > 0:
-                p = torch.cat([first / total, scores], 1)[:, :, :probed]
-                covariance = covariance + _softmax_covariance(p) / probe_rows
-            scores.scatter_add_(1, column, -other)
+                covariance = covariance + softmax_covariance(p) / probe_rows
             gradient.addmm_(scores.view(fits * (classes - 1), -1), rows)
         shrink = self.penalty * coefficients
         value = loss / n + 0.5 * (shrink * coefficients).sum((1, 2), dtype=torch.float64)
@@ -173,9 +129,13 @@ class Fits:
         assert isinstance(covariance, torch.Tensor)
         # The residuals of all classes sum to zero, so those of the first follow from the others.
         gradient = torch.cat([-later.sum(1, keepdim=True), later], 1) + shrink
-        return _Point(value, gradient, torch.cat(kept, 2), covariance)
+        return Point(value, gradient, torch.cat(kept, 2), covariance)
 
-    def step_length(self, point: _Point, direction: Tensor, slope: Tensor) -> Tensor:
+    def preconditioner(self, point: Point) -> Preconditioner:
+        """Approximate inverse Hessian at ``point``."""
+        return Preconditioner(self.penalty, point.covariance, self.gram, self.blocks)
+
+    def step_length(self, point: Point, direction: Tensor, slope: Tensor) -> Tensor:
         """Step along ``direction``: minimum of the parabola with the exact slope and the curvature on the first rows.
 
         The root draws it towards 1, L-BFGS's own length: a few rows give the curvature with some noise.
@@ -183,26 +143,64 @@ class Fits:
         rows = self.rows[: point.scores.shape[2]]
         change = self.scores(direction, rows)
         # The first class's relative logit does not change, so its probability drops out.
-        before, after = (_probabilities(v)[:, 1:] for v in (point.scores, point.scores + change))
-        curvature = ((after - before) * change).sum((1, 2)) / len(rows) + _dot(self.penalty * direction, direction)
+        before, after = (probabilities(v)[:, 1:] for v in (point.scores, point.scores + change))
+        curvature = ((after - before) * change).sum((1, 2)) / len(rows) + dot(self.penalty * direction, direction)
         length = (-slope / curvature.clamp_min(1e-30)).clamp(0.1, 5.0)
         return length if len(rows) == self.n else length.sqrt()
 
 
-def _probabilities(scores: Tensor) -> Tensor:
+def probabilities(scores: Tensor) -> Tensor:
     """Probabilities of all classes from logits relative to the first, (fits, classes - 1, rows)."""
     import torch
 
     return torch.softmax(torch.cat([torch.zeros_like(scores[:, :1]), scores], 1), 1)
 
 
-def _softmax_covariance(p: Tensor) -> Tensor:
+def softmax_residuals(scores: Tensor, column: Tensor, other: Tensor, probed: int) -> tuple[Tensor, Tensor]:
+    """Log loss of some rows; ``scores`` become the residuals (probability minus label) of the classes after the first.
+
+    Args:
+        scores: logits relative to the first class, (fits, classes - 1, rows); overwritten.
+        column: position of each row's label among the classes after the first, (fits, 1, rows); any for the first.
+        other: 1 where the label is not the first class, (fits, 1, rows).
+        probed: rows whose probabilities are returned.
+
+    Returns:
+        Summed loss in nats, float64, (fits,), and the probabilities of all classes, (fits, classes, probed).
+    """
+    import torch
+
+    first = -scores.amax(1, keepdim=True).clamp_min_(0)  # the first class's logit after the shift
+    scores += first
+    chosen = torch.where(other > 0, scores.gather(1, column), first)
+    first.exp_()
+    total = scores.exp_().sum(1, keepdim=True) + first
+    loss = (total.log() - chosen).sum((1, 2), dtype=torch.float64)
+    scores /= total
+    p = torch.cat([(first / total)[:, :, :probed], scores[:, :, :probed]], 1)
+    scores.scatter_add_(1, column, -other)
+    return loss, p
+
+
+def softmax_covariance(p: Tensor) -> Tensor:
     """Sum over items of diag(p) - p pᵀ, or of its diagonal for very many classes."""
     import torch
 
     if p.shape[1] > FULL_COVARIANCE:
         return (p * (1 - p)).sum(2)
     return torch.diag_embed(p.sum(2)) - p @ p.transpose(1, 2)
+
+
+class Rotation(Protocol):
+    """Basis in which the features' Gram matrix is diagonal; ``spectrum`` holds its diagonal, (…, width + 1)."""
+
+    spectrum: Tensor
+
+    def enter(self, v: Tensor) -> Tensor:
+        """Coefficients of the features -> coefficients in the basis."""
+
+    def leave(self, v: Tensor) -> Tensor:
+        """Coefficients in the basis -> coefficients of the features."""
 
 
 class Gram:
@@ -266,7 +264,7 @@ class Blocks:
             which[members] = i
             level = fits.l2[members].log().mean()
             chosen = members[(fits.l2[members].log() - level).abs().argmin()][None]
-            p = _probabilities(fits.take(chosen).scores(coefficients[chosen], rows))[0]
+            p = probabilities(fits.take(chosen).scores(coefficients[chosen], rows))[0]
             total = (p * (1 - p)).double().cumsum(1)
             for k in range(fits.classes):
                 mean = float(total[k, -1]) / len(rows)
@@ -295,10 +293,10 @@ class Blocks:
         return out
 
 
-class _Preconditioner:
+class Preconditioner:
     """Approximate inverse Hessian at one point: class blocks where there are any, else a Kronecker product."""
 
-    def __init__(self, fits: Fits, covariance: Tensor, gram: Gram, blocks: Blocks | None):
+    def __init__(self, penalty: Tensor, covariance: Tensor, gram: Rotation, blocks: Blocks | None):
         import torch
 
         self.vectors = None
@@ -308,7 +306,7 @@ class _Preconditioner:
             eigenvalues, vectors = torch.linalg.eigh(covariance.double().cpu())
             values, self.vectors = eigenvalues.to(covariance), vectors.to(covariance)
         self.gram, self.blocks = gram, blocks
-        self.values, self.penalty = values.clamp_min(0)[:, :, None], fits.penalty
+        self.values, self.penalty = values.clamp_min(0)[:, :, None], penalty
 
     def _kronecker(self, v: Tensor, damping: float) -> Tensor:
         v = self.gram.enter(v)
@@ -335,54 +333,7 @@ class _Preconditioner:
         return 0.5 * (gradient * moved).sum((1, 2), dtype=torch.float64)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum((1, 2))
-
-
-class Inverse(Protocol):
-    """An approximate inverse Hessian."""
-
-    def apply(self, v: Tensor) -> Tensor:
-        """Its product with ``v`` (fits, …)."""
-        ...
-
-
-class History:
-    """Steps and gradient changes of the last iterations of L-BFGS; a weight of zero marks a pair that is not used."""
-
-    def __init__(self) -> None:
-        self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def take(self, index: Tensor) -> None:
-        """Keep the fits at ``index``."""
-        self.pairs = [(step[index], change[index], weight[index]) for step, change, weight in self.pairs]
-
-    def push(self, step: Tensor, change: Tensor, accepted: Tensor) -> None:
-        """Remember a step and the gradient's change along it, where it was accepted."""
-        product = _dot(step, change)
-        # A pair without positive curvature (rounding, near the minimum) would make the approximation indefinite.
-        useful = accepted & (product > 1e-10 * _dot(change, change)) & (product > 0)
-        weight = (1 / product).where(useful, product.new_zeros(()))
-        self.pairs = [*self.pairs[-(MEMORY - 1) :], (step, change, weight)]
-
-    def direction(self, gradient: Tensor, inverse: Inverse) -> Tensor:
-        """Minus the approximate inverse Hessian times the gradient (two-loop recursion)."""
-        q, used = gradient, []
-        for step, change, weight in reversed(self.pairs):
-            a = weight * _dot(step, q)
-            used.append(a)
-            q = q - a[:, None, None] * change
-        q = inverse.apply(q)
-        if self.pairs:
-            _, change, weight = self.pairs[-1]
-            size = weight * _dot(change, inverse.apply(change))
-            q = q * (1 / size).where(size > 0, size.new_ones(()))[:, None, None]
-        for (step, change, weight), a in zip(self.pairs, reversed(used), strict=True):
-            q = q + (a - weight * _dot(change, q))[:, None, None] * step
-        return -q
-
-
-def solve(fits: Fits, *, start: Tensor, warm: Tensor, tolerance: float, max_iterations: int, gram: Gram) -> Solution:
+def solve(fits: Fits, *, start: Tensor, warm: Tensor, tolerance: float, max_iterations: int) -> Solution:
     """Minimise every fit's objective.
 
     Args:
@@ -396,63 +347,10 @@ def solve(fits: Fits, *, start: Tensor, warm: Tensor, tolerance: float, max_iter
     """
     prefixes = [(int(share * fits.n), passes) for share, passes in PREFIXES if share * fits.n >= PREFIX_MINIMUM]
     cold = (~warm).nonzero().squeeze(1)
-    blocks = None
     if prefixes:
         start = start.clone()
         for rows, passes in prefixes if len(cold) else ():
             problems = fits.take(cold).on_prefix(rows)
-            stage = _minimise(problems, start[cold], gram, None, rows=rows, tolerance=tolerance, passes=passes)
-            start[cold] = stage.coefficients
-        blocks = Blocks.at(fits, start)
-    return _minimise(fits, start, gram, blocks, rows=fits.n, tolerance=tolerance, passes=max_iterations)
-
-
-def _minimise(
-    fits: Fits, start: Tensor, gram: Gram, blocks: Blocks | None, *, rows: int, tolerance: float, passes: int
-) -> Solution:
-    """L-BFGS on the first ``rows`` rows, whatever their number."""
-    import torch
-
-    solution = Solution(
-        start.clone(),
-        torch.full((len(start),), torch.inf, dtype=torch.float64, device=start.device),
-        torch.zeros(len(start), dtype=torch.int64, device=start.device),
-    )
-    active, history = torch.arange(len(start), device=start.device), History()
-    place, point = start, fits.evaluate(start, rows)
-    refused = torch.zeros_like(active)
-    direction, slope, length = torch.zeros_like(start), torch.zeros_like(fits.l2), torch.ones_like(fits.l2)
-    for count in range(1, passes + 1):
-        inverse = _Preconditioner(fits, point.covariance, gram, blocks)
-        gap = inverse.gap(point.gradient)
-        # A fit whose last step was refused tries a shorter one along the same line while the others go on.
-        again = refused > 0
-        direction = torch.where(again[:, None, None], direction, history.direction(point.gradient, inverse))
-        slope = _dot(point.gradient, direction)
-        length = torch.where(again, 0.25 * length, fits.step_length(point, direction, slope))
-        step = length[:, None, None] * direction
-
-        done = (gap < tolerance) | (refused > REFUSALS) if count < passes else torch.ones_like(again)
-        if bool(done.any()):
-            settled = torch.where((refused > 0)[:, None, None], place, place + step)
-            stopped = active[done]
-            solution.coefficients[stopped] = settled[done]
-            solution.gap[stopped], solution.passes[stopped] = gap[done], count
-            keep = (~done).nonzero().squeeze(1)
-            if not len(keep):
-                break
-            fits, point = fits.take(keep), point.take(keep)
-            blocks = None if blocks is None else blocks.take(keep)
-            history.take(keep)
-            active, place, refused, direction, slope, length, step = (
-                v[keep] for v in (active, place, refused, direction, slope, length, step)
-            )
-
-        trial = fits.evaluate(place + step, rows)
-        enough = point.value + 1e-4 * (length * slope).double() + 1e-7 * (1 + point.value)
-        accepted = trial.value <= enough
-        refused = torch.where(accepted, 0, refused + 1)
-        history.push(step, trial.gradient - point.gradient, accepted)
-        place = torch.where(accepted[:, None, None], place + step, place)
-        point = point.where(accepted, trial)
-    return solution
+            start[cold] = minimise(problems, start[cold], rows=rows, tolerance=tolerance, passes=passes).coefficients
+        fits.blocks = Blocks.at(fits, start)
+    return minimise(fits, start, rows=fits.n, tolerance=tolerance, passes=max_iterations)
