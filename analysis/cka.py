@@ -20,8 +20,6 @@ from spafit.runtime import generator
 
 #: Most sentences that the permutation test uses (it holds two matrices of sentences × sentences).
 MOST_PERMUTED = 1000
-#: Rows that are centred at a time.
-CENTRED = 1024
 
 TOO_FEW = "fewer than 4 different sentences"
 CONSTANT = "all states of one side are the same"
@@ -95,24 +93,17 @@ def debiased_cka(x: np.ndarray, y: np.ndarray, *, variant: Variant = "raw") -> E
 
 def _plain_terms(x: np.ndarray, y: np.ndarray, variant: Variant) -> tuple[np.ndarray, np.ndarray] | str | None:
     """HSIC1 of (xy, xx, yy), times n(n-3), and their leading terms; a reason; None where squares over- or underflow."""
-    n, sides = len(x), (x, y)
-    chosen = ((1, 0), (0, 0), (1, 1))
-    products = [np.zeros((sides[i].shape[1], sides[j].shape[1])) for i, j in chosen]
-    # written again for every chunk, and centred a cache's worth at a time: memory is what this costs beside products
-    chunks = [np.empty((min(n, CHUNK), side.shape[1]), side.dtype) for side in sides]
-    parts = [np.empty(p.shape, x.dtype) for p in products]
+    n = len(x)
+    products = [np.zeros((s.shape[1], t.shape[1])) for s, t in ((y, x), (x, x), (y, y))]
     norms = np.empty((2, n))
     with np.errstate(over="ignore", invalid="ignore"):
-        shifts = [Shift.of(side, variant) for side in sides]
+        shifts = [Shift.of(side, variant) for side in (x, y)]
         for start in range(0, n, CHUNK):
-            stop = min(n, start + CHUNK)
-            for low in range(start, stop, CENTRED):
-                high = min(stop, low + CENTRED)
-                for k in range(2):
-                    centred = shifts[k].apply(sides[k][low:high], out=chunks[k][low - start : high - start])
-                    norms[k, low:high] = row_dots(centred, centred)
-            for product, part, (i, j) in zip(products, parts, chosen, strict=True):
-                product += np.matmul(chunks[i][: stop - start].T, chunks[j][: stop - start], out=part)
+            rows = slice(start, start + CHUNK)
+            a, b = (shift.apply(side[rows]) for shift, side in zip(shifts, (x, y), strict=True))
+            norms[:, rows] = row_dots(a, a), row_dots(b, b)
+            for product, left, right in zip(products, (b, a, b), (a, a, b), strict=True):
+                product += left.T @ right
         leading = np.array([np.vdot(p, p) for p in products])
         totals = norms.sum(axis=1)
     if not np.isfinite(leading).all():
