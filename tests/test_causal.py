@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from analysis import causal
 from analysis.causal import effect, erased, exchanged, marginals, resampled, shapley_values, skipped, windows
 from analysis.erasure import fit_leace
 from spafit.errors import ModelError, UsageError
@@ -75,11 +75,11 @@ def test_the_blocks_are_looked_for_once_and_again_where_the_model_is_built_other
     with pytest.raises(ModelError, match=r"2 blocks and a .* of 3"), exchanged(after, before, [1]):
         pass
     assert looked == [after, before, after]
-    kept = len(causal._STACKS)
+    gone = weakref.ref(before), weakref.ref(after)
     del before, after, layers
     looked.clear()
     gc.collect()
-    assert len(causal._STACKS) == kept - 2  # nothing keeps a model alive
+    assert [ref() for ref in gone] == [None, None]  # nothing keeps a model alive
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
