@@ -74,10 +74,10 @@ class RepeatedStates:
         found = {unit: np.concatenate(arrays, axis=1) for unit, arrays in parts.items()}
         if bottom is not None:
             if again:
-                for unit, states in self._kept.items():
-                    found[unit][: len(states)] = states
+                for unit, kept in self._kept.items():
+                    found[unit][: len(kept)] = kept
             else:
-                self._kept = {unit: states[: self._top.depth + 1].copy() for unit, states in found.items()}
+                self._kept = {unit: kept[: self._top.depth + 1].copy() for unit, kept in found.items()}
         return found
 
     def rows(self, task: Task, items: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

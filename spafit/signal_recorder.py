@@ -63,7 +63,7 @@ class SignalRecorder(TrainerCallback, ExportableState):
             before = state["stateful_callbacks"].get("SignalRecorder", {}).get("attributes", {})
             if (folder / "signals.parquet").is_file():
                 kept = io.read_table(folder / "signals")
-                self.rows = kept[kept["step"] <= state["global_step"]].to_dict("records")  # type: ignore[assignment]
+                self.rows = kept[kept["step"] <= state["global_step"]].to_dict("records")
         self.paces = {
             s.name: Pace(s.share, **before.get(s.name, {}), reserved=1 + selects, every=s.every or 1) for s in signals
         }
