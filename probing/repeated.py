@@ -11,7 +11,7 @@ import numpy as np
 from probing.batching import plan_extraction, word_rows
 from probing.extraction import shard_runner
 from probing.shared_prefix import Bottom, Top, attached
-from probing.tasks.base import Task, Text
+from probing.tasks.base import SPAN_UNITS, Task, Text
 
 if TYPE_CHECKING:
     from spafit.models import LoadedModel
@@ -77,21 +77,21 @@ class RepeatedStates:
                 for unit, kept in self._kept.items():
                     found[unit][: len(kept)] = kept
             else:
-                self._kept = {unit: states[: self._top.depth + 1].copy() for unit, states in found.items()}
+                self._kept = {unit: kept[: self._top.depth + 1].copy() for unit, kept in found.items()}
         return found
 
     def rows(self, task: Task, items: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the states of a task's items lie.
 
         Args:
-            task: the task.
+            task: the task; an item is a text or one span of it.
             items: positions in ``task.items``.
             texts: of each item, which of this object's texts is its own.
 
         Returns:
             Rows of the array of the task's unit, and whether each item has a state; both of shape (items,).
         """
-        if task.unit != "word":
+        if task.unit not in SPAN_UNITS:
             return self._sentences[texts], np.ones(len(items), dtype=bool)
         rows = self._words[self._offsets[texts] + task.items["span"].to_numpy()[items]]
         return rows, rows >= 0

@@ -19,7 +19,7 @@ from probing.extraction import extract
 from probing.probes.linear import fit_selected
 from probing.repeated import RepeatedStates
 from probing.tasks.base import Corpus, Task, Text
-from spafit.errors import DataError, SpafitError, UnknownTaskError, UsageError
+from spafit.errors import DataError, SpafitError, TaskError, UnknownTaskError, UsageError
 from spafit.fit_result import FitResult
 from spafit.models import load_model
 from spafit.signals import Reading, Signal
@@ -311,6 +311,10 @@ def test_bad_input_is_one_sentence(bert: Path, tmp_path: Path) -> None:
         forgetting_signal(tiny_tokenizer(), ["core.tence"])
     with pytest.raises(UsageError, match="train_items is 1"):
         forgetting_signal(tiny_tokenizer(), train_items=1)
+    whole = animal()
+    numbers = replace(whole, kind="number", labels=(), items=whole.items.assign(label=np.linspace(0, 1, 300)))
+    with pytest.raises(TaskError, match="cannot be watched"):
+        forgetting_signal(tiny_tokenizer(), [numbers])
     with pytest.raises(UsageError, match="No task to watch"):
         forgetting_signal(tiny_tokenizer(), [])
     with pytest.raises(UsageError, match="step 0 first"):
