@@ -16,8 +16,8 @@ from analysis.readings import Side
 from analysis.task_models import ClassifierFacts, classifier_facts, load_classifier, on_body_before
 from analysis.task_scores import TaskScore
 from analysis.task_tables import causal_table, erasure_table, interaction_table, retention_by_block, use_table
+from probing.item_states import item_states, rows_of_items
 from probing.planning import timed
-from probing.running import rows_of_items
 from spafit import io
 from spafit.errors import SpafitError, UsageError, did_you_mean
 from spafit.language_models import graft
@@ -347,10 +347,7 @@ class _Job:
 
         def read(hidden: int) -> np.ndarray:
             store = stores[0] if hidden < self.side.unchanged else stores[1]
-            states = (store.words if task.unit == "word" else store.sentences)(
-                pooling, hidden=hidden, rows=rows[chosen]
-            )
-            return np.asarray(states)
+            return item_states(task, store, rows[chosen], pooling=pooling, hidden=hidden)
 
         return labels, read
 

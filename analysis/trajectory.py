@@ -92,6 +92,12 @@ def forgetting_signal(
     found = {t.name: t for t in load_tasks([t for t in tasks if isinstance(t, str)])} | given
     if not found:
         raise UsageError("No task to watch. Name at least one, such as core.tense.")
+    for task in found.values():
+        if len(task.span_columns) > 1 or len(task.text_columns) > 1 or task.kind != "classes":
+            raise TaskError(
+                f"Task {task.name!r} cannot be watched: its items must have one class and be one text or one span, and "
+                f"they are {'a ' + task.unit + ' each' if task.kind == 'classes' else task.kind}."
+            )
     draws = [_Draw.make(task, train_items, test_items, seed) for task in found.values()]
     name = f"forgetting of {', '.join(found)}"
     return Signal(name, _Watch(tokenizer, draws, pooling, stack), every=every, share=share)
@@ -136,7 +142,7 @@ class _Before:
 
     @property
     def unit(self) -> str:
-        return "words" if self.draw.task.unit == "word" else "sentences"
+        return "words" if self.draw.task.span_columns else "sentences"
 
 
 class _Watch:
@@ -209,7 +215,7 @@ class _Watch:
                     raise TaskError(f"Task {task.name!r}: no {name} item has a state. Use shorter texts.")
             usable = {name: (rows[rows >= 0], drawn[rows >= 0]) for name, (rows, drawn) in items.items()}
             y = {n: task.items["label"].to_numpy().astype(np.int64)[drawn] for n, (_, drawn) in usable.items()}
-            unit = "words" if task.unit == "word" else "sentences"
+            unit = "words" if task.span_columns else "sentences"
             fit, _ = fit_selected(
                 self._first[unit][:, usable["train"][0]], y["train"], dev_states[unit][:, usable["dev"][0]], y["dev"],
                 n_classes=len(task.labels),

@@ -84,14 +84,14 @@ class RepeatedStates:
         """Where the states of a task's items lie.
 
         Args:
-            task: the task.
+            task: the task; each of its items has one span, or is one text.
             items: positions in ``task.items``.
             texts: of each item, which of this object's texts is its own.
 
         Returns:
             Rows of the array of the task's unit, and whether each item has a state; both of shape (items,).
         """
-        if task.unit != "word":
+        if not task.span_columns:
             return self._sentences[texts], np.ones(len(items), dtype=bool)
         rows = self._words[self._offsets[texts] + task.items["span"].to_numpy()[items]]
         return rows, rows >= 0

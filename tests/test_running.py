@@ -107,8 +107,8 @@ def test_families_of_one_run_share_its_files_and_score_their_own_states_again(sm
     from analysis.interpretation import interpret
     from probing.config import ProbeConfig
     from probing.extraction import extract
+    from probing.item_states import item_states, rows_of_items
     from probing.planning import extraction_options, plan_probing
-    from probing.running import rows_of_items
     from probing.transfer import stored_probes
 
     tasks, names = [word_task(), number_task()], ("linear", "mlp:8")
@@ -136,7 +136,7 @@ def test_families_of_one_run_share_its_files_and_score_their_own_states_again(sm
             for (control, seed, hidden), probe in probes.items():
                 own = items[(items["probe"] == name) & (items["control"] == control) & (items["hidden"] == hidden)]
                 own = own[own["seed"] == seed]
-                right, bits = probe.scores(store.words("mean", hidden=hidden, rows=rows[test]), test)
+                right, bits = probe.scores(item_states(task, store, rows[test], pooling="mean", hidden=hidden), test)
                 np.testing.assert_allclose(bits, own["bits"], atol=1e-5)
                 if task.kind == "number":
                     assert np.isnan(right).all()
