@@ -24,7 +24,7 @@ from probing.probes.linear import LinearProbeFit, fit_linear_probes, fit_selecte
 from probing.registry import load_tasks
 from probing.repeated import RepeatedStates
 from probing.shared_prefix import first_reader
-from probing.tasks.base import SPAN_UNITS, Task, Text
+from probing.tasks.base import Task, Text
 from spafit import plotting
 from spafit.errors import DataError, TaskError, UsageError
 from spafit.runtime import generator
@@ -93,7 +93,7 @@ def forgetting_signal(
     if not found:
         raise UsageError("No task to watch. Name at least one, such as core.tense.")
     for task in found.values():
-        if task.kind != "classes" or task.unit == "span-pair":
+        if task.kind != "classes" or len(task.span_columns) > 1 or len(task.text_columns) > 1:
             raise TaskError(
                 f"Task {task.name!r} ({task.kind}, {task.unit}) cannot be watched: only tasks with one class per word, "
                 "span, sentence or pair of sentences can. Read it before and after training, with spafit compare."
@@ -142,11 +142,7 @@ class _Before:
 
     @property
     def unit(self) -> str:
-        return _unit(self.draw.task)
-
-
-def _unit(task: Task) -> str:
-    return "words" if task.unit in SPAN_UNITS else "sentences"
+        return "words" if self.draw.task.span_columns else "sentences"
 
 
 class _Watch:
@@ -219,7 +215,7 @@ class _Watch:
                     raise TaskError(f"Task {task.name!r}: no {name} item has a state. Use shorter texts.")
             usable = {name: (rows[rows >= 0], drawn[rows >= 0]) for name, (rows, drawn) in items.items()}
             y = {n: task.items["label"].to_numpy().astype(np.int64)[drawn] for n, (_, drawn) in usable.items()}
-            unit = _unit(task)
+            unit = "words" if task.span_columns else "sentences"
             fit, _ = fit_selected(
                 self._first[unit][:, usable["train"][0]], y["train"], dev_states[unit][:, usable["dev"][0]], y["dev"],
                 n_classes=len(task.labels),

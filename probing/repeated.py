@@ -11,7 +11,7 @@ import numpy as np
 from probing.batching import plan_extraction, word_rows
 from probing.extraction import shard_runner
 from probing.shared_prefix import Bottom, Top, attached
-from probing.tasks.base import SPAN_UNITS, Task, Text
+from probing.tasks.base import Task, Text
 
 if TYPE_CHECKING:
     from spafit.models import LoadedModel
@@ -84,14 +84,14 @@ class RepeatedStates:
         """Where the states of a task's items lie.
 
         Args:
-            task: the task; an item is a text or one span of it.
+            task: the task; each of its items has one span, or is one text.
             items: positions in ``task.items``.
             texts: of each item, which of this object's texts is its own.
 
         Returns:
             Rows of the array of the task's unit, and whether each item has a state; both of shape (items,).
         """
-        if task.unit not in SPAN_UNITS:
+        if not task.span_columns:
             return self._sentences[texts], np.ones(len(items), dtype=bool)
         rows = self._words[self._offsets[texts] + task.items["span"].to_numpy()[items]]
         return rows, rows >= 0

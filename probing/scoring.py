@@ -109,14 +109,19 @@ def _differences(
 def item_table(task: Task, fit: TaskFit, *, where: dict[str, str]) -> pd.DataFrame:
     """One row per (test item, hidden state, control, seed).
 
-    Columns: item, group, text (the words shown), target (the word itself, or empty), split, label, stack, site, hidden,
-    pooling, probe, control, seed, prediction, bits (bits saved on this item), and the task's metadata columns. Labels
+    Columns: item, group, text (the words shown), target (the words of the span or spans, or empty), split, label,
+    stack, site, hidden, pooling, probe, control, seed, prediction, bits (bits saved on this item), and the task's
+    metadata columns. Labels
     and predictions are numbers for tasks of numbers, and sets joined by commas where items have several labels.
     """
     items = task.items.iloc[fit.test]
     texts = [task.corpus.texts[i] for i in items["text"]]
-    shown = [t.string if t.second is None else f"{t.string} ⏐ {t.second}" for t in texts]
-    target = [t.string[slice(*t.spans[s])] if s >= 0 else "" for t, s in zip(texts, items["span"], strict=True)]
+    seconds = [t.second for t in texts]
+    if len(task.text_columns) == 2:
+        seconds = [task.corpus.texts[i].string for i in items["text2"]]
+    shown = [t.string if s is None else f"{t.string} ⏐ {s}" for t, s in zip(texts, seconds, strict=True)]
+    spans = items[list(task.span_columns)].to_numpy()
+    target = [" ⏐ ".join(t.string[slice(*t.spans[i])] for i in own) for t, own in zip(texts, spans, strict=True)]
     fixed: dict[str, Any] = {
         "item": items["item"].astype(str),
         "group": items["group"].astype(str),
@@ -125,8 +130,8 @@ def item_table(task: Task, fit: TaskFit, *, where: dict[str, str]) -> pd.DataFra
         "split": items["split"],
     }
     reserved = {*fixed, *where, "label", "prediction", "hidden", "control", "seed", "bits"}
-    for column in items.columns:
-        if column not in ITEM_COLUMNS:  # metadata, never under a name that the table uses itself
+    for column in items.columns:  # metadata, never under a name that the table uses itself
+        if column not in (*ITEM_COLUMNS, *task.span_columns, *task.text_columns):
             fixed[f"data_{column}" if column in reserved else column] = items[column]
     keys, labels, predictions, bits = [], [], [], []
     for control, fits in fit.controls.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -179,9 +180,29 @@ def test_a_run_over_span_tasks_and_the_same_numbers_in_other_company(small_bert,
     assert (best > 0.9).all()  # words tell everything here
     assert set(scores["unit"]) == {"span", "word", "span-pair"}
     assert set(scores.loc[scores["control"] == "word-type", "task"]) == {"ner.spans", "ner.tags", "pb.roles"}
+    items = found.items("pb.roles")
+    assert "span2" not in items
+    first = items.iloc[0]
+    assert (first["text"], first["target"]) == ("Ian ate ice cream up test0", "ate ⏐ Ian")
     alone = probe_layers(str(small_bert), [f"propbank:{folder}#roles"], out=tmp_path / "alone", **options).scores
     same = scores[scores["task"] == "pb.roles"].reset_index(drop=True)
     assert alone.equals(same)
+
+
+def test_edges_with_several_labels_are_probed(small_bert, tmp_path, cache):
+    names = ("dog", "cat", "river", "stone")
+    kinds = {"dog": ["alive", "pet"], "cat": ["alive", "pet"], "river": ["water"], "stone": []}
+    for split, n in (("train", 80), ("dev", 40), ("test", 40)):
+        rows = (edge(f"the {names[i % 4]} of {split} {i}", ((0, 2), kinds[names[i % 4]])) for i in range(n))
+        json_lines(tmp_path / f"{split}.jsonl", *rows)
+    found = probe_layers(
+        str(small_bert), [f"edges:{tmp_path}"], out=tmp_path / "run", controls=(), seeds=(0,), n_boot=100, quiet=True
+    )
+    (name,) = found.run["tasks"]
+    assert found.run["tasks"][name]["kind"] == "multilabel"
+    items = found.items(name)
+    right = (items["label"].astype(str) == items["prediction"].astype(str)).groupby(items["hidden"]).mean()
+    assert right.max() > 0.95
 
 
 def test_texts_of_a_pair_alone_give_four_features(small_bert, tmp_path, cache):
@@ -214,6 +235,8 @@ def test_texts_of_a_pair_alone_give_four_features(small_bert, tmp_path, cache):
         ).scores
         found[pairs] = scores[scores["metric"] == "accuracy"]["value"].max()
     assert found["features"] > 0.9  # equal words have |u - v| near zero: linear in the features
+    shown = pd.read_parquet(tmp_path / "features" / "items" / "p.parquet").iloc[-1]
+    assert shown["text"] == lines[-1].split("\t")[0] + " ⏐ " + lines[-1].split("\t")[1]
     run = json.loads((tmp_path / "features" / "run.json").read_text())
     assert run["texts"] < len(lines) - 1  # 120 pairs of fewer than 120 texts
 

@@ -24,6 +24,7 @@ from spafit.fit_result import FitResult
 from spafit.models import load_model
 from spafit.signals import Reading, Signal
 from spafit.training import fit
+from tests.span_fixtures import IAN, RAN, json_lines
 from tests.tiny import BLOCKS, save_tiny, tiny, tiny_tokenizer
 from tests.training_fixtures import PLAN, QUICK, BrokenOff, breaking_off, frame, same, task
 
@@ -334,3 +335,11 @@ def test_the_command_refuses_what_does_not_fit(bert: Path) -> None:
         result = CliRunner().invoke(app, ["train", "--model", str(bert), "--train", "none.tsv", *more])
         assert result.exit_code != 0
         assert words in str(result.exception)
+
+
+def test_tasks_of_pairs_of_spans_are_refused_in_a_sentence(tmp_path):
+    for split in ("train", "dev", "test"):
+        json_lines(tmp_path / f"{split}.jsonl", IAN, RAN)
+    with pytest.raises(TaskError, match=r"roles' cannot be watched: .* they are a span-pair each"):
+        forgetting_signal(None, [f"propbank:{tmp_path}#roles"])
+    forgetting_signal(None, [f"propbank:{tmp_path}#constituents"])
