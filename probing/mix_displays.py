@@ -61,17 +61,17 @@ def weights_and_gains(
         ]
         values = dict(zip(found["statistic"], found["value"], strict=True))
         low, high = ax.get_ylim()
+        ax.set_yticks([t for t in ax.get_yticks() if low <= t <= high])
         ax.set_ylim(low, high + 0.34 * (high - low))  # room for the marks and the legend
         marks = (("cog", "centre of weights", blue, 0.80), ("expected_layer_robust", "expected layer", orange, 0.72))
-        for statistic, words, color, height in marks:
-            value = values.get(statistic, np.nan)
-            if np.isfinite(value):
-                ax.axvline(value, ymax=height, color=color, linestyle=(0, (4, 2)), linewidth=1.1, zorder=0)
-                side = "left" if value < (first + last) / 2 else "right"
-                text = f" {words} {value:.1f} "
-                ax.text(
-                    value, height, text, transform=ax.get_xaxis_transform(), ha=side, va="top", fontsize=8, color=color
-                )
+        shown_marks = sorted((values[m[0]], *m[1:]) for m in marks if np.isfinite(values.get(m[0], np.nan)))
+        for i, (value, words, color, height) in enumerate(shown_marks):
+            ax.axvline(value, ymax=height, color=color, linestyle=(0, (4, 2)), linewidth=1.1, zorder=0)
+            outwards = i if len(shown_marks) > 1 else value < (first + last) / 2  # away from the other mark
+            ax.text(
+                value, height, f" {words} {value:.1f} ", transform=ax.get_xaxis_transform(),
+                ha="left" if outwards else "right", va="top", fontsize=8, color=color,
+            )  # fmt: skip
         ax.legend(loc="upper center", ncols=2, borderaxespad=0.1, columnspacing=1.2, handlelength=1.4)
         ax.set_title(f"{shown['task'].iloc[0]}" + ("" if control == "none" else f" ({control})"), loc="left")
     return ax

@@ -92,7 +92,7 @@ class MixResult:
         """The summaries as an HTML table."""
         shown = self.summaries[["task", "control", "metric", "statistic", "value", "ci_low", "ci_high", "note"]]
         name = html.escape(str(self.scores["task"].iloc[0]))
-        return f"<b>Scalar mix: {name}</b>" + shown.to_html(index=False, float_format="%.3f", na_rep="—")
+        return f"<b>Scalar mix: {name}</b>" + shown.to_html(index=False, float_format="{:.3f}".format, na_rep="—")
 
 
 def mix_arrays(
@@ -203,13 +203,15 @@ def measure_mixes(
         TaskError: a training draw holds one class only.
     """
     count = x_test.shape[1]
+    if not count or not x_dev.shape[1]:
+        raise UsageError(f"x_dev has {x_dev.shape[1]} items and x_test {count}; both need at least one.")
     clusters = np.arange(count) if groups is None else np.asarray(groups)
     if clusters.shape != (count,):
         raise UsageError(f"groups has shape {clusters.shape}; x_test has {count} items.")
     base = {**names, "probe": "mix", "split": split}
     fits: list[MixFit] = []
     seeds: list[int] = []
-    scored: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    scored: list[tuple[np.ndarray, ...]] = []
     chances: list[np.ndarray] = []
     for draw in draws:
         if len(np.unique(draw.y_train[0])) < 2:

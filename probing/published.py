@@ -96,7 +96,7 @@ def read_published(path: str | Path, *, scores: Literal["cumulative", "single"] 
         )
     curves = []
     for key, rows in long.groupby([*texts, "task"], sort=False):
-        keys = dict(zip([*texts, "task"], key, strict=True))
+        keys = dict(zip([*texts, "task"], map(str, key), strict=True))
         curves.append(_curve(path, keys, rows.sort_values("layer", kind="stable"), kind, metric))
     return curves
 

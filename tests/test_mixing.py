@@ -75,12 +75,10 @@ def objective(fit, x, y, l2):
 
 @pytest.mark.parametrize("at", [0, 2, 4])
 def test_weights_go_to_the_layer_that_carries_the_label(at):
-    x, y = layers_with_signal_at([at])
+    x, y = layers_with_signal_at([at], n=12_000)  # fewer items would let chance carry some of the label elsewhere
     fit, _ = fitted(x, y)
     assert fit.converged.all()
-    closer, _ = fitted(x, y, tolerance=1e-5)
-    assert 0.8 < fit.mix_weights[-1, 0, at] <= closer.mix_weights[-1, 0, at]
-    assert closer.mix_weights[-1, 0, at] > 0.95
+    assert fit.mix_weights[-1, 0, at] > 0.93
     assert mix_centre(fit.mix_weights[-1, 0]) == pytest.approx(at, abs=0.25)
     assert (fit.mix_weights[at, 0, at + 1 :] == 0).all()  # layers above the last take no part
 
@@ -205,6 +203,8 @@ def test_errors_say_what_is_wrong():
         fit.log_probabilities(bad)
     with pytest.raises(UsageError, match="y_dev"):
         mix_arrays(x, y, x, y[:5], x, y)
+    with pytest.raises(UsageError, match="at least one"):
+        mix_arrays(x, y, x, y, x[:, :0], y[:0])
     with pytest.raises(UsageError, match="groups"):
         mix_arrays(x, y, x, y, x, y, groups=["a"])
     with pytest.raises(TaskError, match="one class only"):

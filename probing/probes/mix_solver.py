@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: Rows that give the class covariance and the curvature along a step.
-PROBE_ROWS = 1024
+PROBE_ROWS = 512
 #: Rows that give the curvature of the mixing weights.
 CURVATURE_ROWS = 256
 #: Added to that curvature, in nats per item, for directions that hardly change the loss.
@@ -273,7 +273,7 @@ class Basis:
 
     Attributes:
         grams: one per number of layers that take part.
-        which: position of each fit's in ``grams``, (fits,).
+        which: position of each fit's in ``grams``, (fits,); fits that share one lie side by side.
         spectrum: see :class:`probing.probes.solver.Rotation`; (fits, 1, width + 1).
     """
 
@@ -282,6 +282,8 @@ class Basis:
 
         self.grams, self.which = grams, which
         self.spectrum = torch.stack([g.spectrum for g in grams])[which][:, None]
+        found, counts = which.unique_consecutive(return_counts=True)
+        self.runs = [(grams[i], count) for i, count in zip(found.tolist(), counts.tolist(), strict=True)]
 
     @classmethod
     def at(cls, fits: Mixes, coefficients: Tensor) -> Basis:
@@ -313,12 +315,8 @@ class Basis:
     def _each(self, v: Tensor, way: Literal["enter", "leave"]) -> Tensor:
         import torch
 
-        out = torch.empty_like(v)
-        for i, gram in enumerate(self.grams):
-            members = (self.which == i).nonzero().squeeze(1)
-            if len(members):
-                out[members] = getattr(gram, way)(v[members])
-        return out
+        parts = torch.split(v, [count for _, count in self.runs])
+        return torch.cat([getattr(gram, way)(part) for (gram, _), part in zip(self.runs, parts, strict=True)])
 
 
 class MixPreconditioner:
