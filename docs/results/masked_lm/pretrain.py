@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+#: Standard deviation of the first weights.
+INITIAL = 0.08
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,11 @@ class Recipe:
     width: int = 128
     blocks: int = 4
     heads: int = 4
-    window: int = 64
-    batch: int = 12
+    window: int = 48
+    batch: int = 16
     steps: int = 3000
     learning_rate: float = 2e-3
-    masked: float = 0.2
+    masked: float = 0.4
     seed: int = 0
 
 
@@ -73,7 +75,11 @@ def make_tokenizer(text: str, recipe: Recipe) -> Any:
 
 
 def untrained(tokenizer: Any, recipe: Recipe) -> Any:
-    """The model before its first step."""
+    """The model before its first step.
+
+    So small a model and text need a start that finds context soon: positions begin as sinusoids, keys as copies of the
+    queries, so that a token first attends to its neighbours, and weights are drawn wider than BERT's.
+    """
     from transformers import BertConfig, BertForMaskedLM
 
     from spafit.runtime import torch_seed
@@ -81,10 +87,18 @@ def untrained(tokenizer: Any, recipe: Recipe) -> Any:
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=recipe.width, num_hidden_layers=recipe.blocks,
         num_attention_heads=recipe.heads, intermediate_size=4 * recipe.width, max_position_embeddings=recipe.window,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0, initializer_range=INITIAL,
     )  # fmt: skip
     with torch_seed(recipe.seed, "masked language model"):
-        return BertForMaskedLM(config).eval()
+        model = BertForMaskedLM(config).eval()
+    angles = torch.arange(recipe.window)[:, None] * 100.0 ** (-torch.arange(0, recipe.width, 2) / recipe.width)
+    waves = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
+    with torch.no_grad():
+        model.bert.embeddings.position_embeddings.weight.copy_(waves * INITIAL * 2**0.5)
+        model.bert.embeddings.token_type_embeddings.weight.zero_()
+        for block in model.bert.encoder.layer:
+            block.attention.self.key.weight.copy_(block.attention.self.query.weight)
+    return model
 
 
 def pretrain(

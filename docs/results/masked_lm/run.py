@@ -92,7 +92,7 @@ def run(wikitext: Path, glue: Path, blimp: Path, work: Path) -> None:
         control_table(original, fresh, train_text, text, pairs).to_csv(work / "control.csv", index=False)
     pd.read_csv(work / "control.csv").round(5).to_csv(HERE / "control.csv", index=False)
     data = glue_data("sst2", glue, files={"train": "train.tsv", "validation": "dev.tsv"}).limited(ITEMS, seed=0)
-    settings = TrainSettings(epochs=3, batch_size=16, max_length=64, select_share=0.0)
+    settings = TrainSettings(epochs=3, batch_size=16, max_length=48, select_share=0.0)
     tables, scores = [], []
     for method in METHODS:
         out = work / method
