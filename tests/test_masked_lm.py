@@ -44,7 +44,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a model of two blocks, trained for seconds on a part of WikiText-2's validation text."""
     text = pretraining.read_text(WIKITEXT / "valid.txt")[:300_000]
     recipe = pretraining.Recipe(
-        vocabulary=1000, width=64, blocks=2, heads=2, window=32, batch=16, steps=120, learning_rate=3e-3
+        vocabulary=1000, width=64, blocks=2, heads=2, window=32, batch=16, steps=700, learning_rate=4e-3
     )  # fmt: skip
     return Path(pretraining.pretrain(text, tmp_path_factory.mktemp("masked-lm") / "base", recipe, quiet=True))
 
@@ -100,8 +100,9 @@ def test_it_learnt_something(small: Path) -> None:
     text = pretraining.read_text(WIKITEXT / "test.txt")[:3000]
     table = script("run").control_table(own, fresh, pretraining.read_text(WIKITEXT / "valid.txt"), text, None)
     bits = table.set_index("model")["bits_per_token"]
-    assert bits["trained"] < bits["untrained"] - 1.0
-    assert bits["untrained"] == pytest.approx(np.log2(1000), abs=0.3)
+    assert bits["trained"] < bits["untrained"] - 1.5
+    assert bits["trained"] < bits["token frequencies"] - 0.05  # what stands beside a token says something of it
+    assert bits["untrained"] == pytest.approx(np.log2(1000), abs=0.4)
     assert (table["tokens"] == table["tokens"].iloc[0]).all()
     texts = windows(own, text, length=32)
     assert bits["trained"] == pytest.approx(-score(own, texts).log_p.mean() / np.log(2))
