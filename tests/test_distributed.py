@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "class weights": {"class_weights": True},
     "accumulated": {"accumulate": 2},
     "full": {"plan": "full", "learning_rate": 1e-4},
-    "remedy": {"remedies": ["l2sp:1"]},
+    "remedy": {"remedies": ["l2sp:1"], "learning_rate": 1e-3},
     "activations recomputed": {"checkpoint_activations": True},
 }
 PLANS: dict[str, Any] = {"still": STILL_PLAN, "dropout": PLAN, "full": "full"}
