@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -29,7 +31,7 @@ def plain_code(x: np.ndarray, y: np.ndarray, classes: int, l2: float, seed: int,
     first = max(round(0.001 * len(y)), classes)
     ends = [first] + [e for e in (round(f * len(y)) for f in FRACTIONS[1:]) if e > first]
     costs = [first * np.log2(classes)]
-    for known, stop in zip(ends[:-1], ends[1:], strict=True):
+    for known, stop in pairwise(ends):
         seen, count = np.unique(y[:known]), classes - len(np.unique(y[:known]))
         p = np.full((stop - known, classes), 0.5 / (known + 0.5 * count))
         if len(seen) == 1:
@@ -72,6 +74,19 @@ def test_code_is_that_of_scikit_learn_block_by_block(classes, n):
             assert in_nats < 0.75 * code.bits[b, m]
             assert code.legacy_kbit()[b, m] == pytest.approx(in_nats / 1024, rel=2e-3)
     assert code.compression[0, 0] > 1.1 > code.compression[0, 1]
+
+
+def test_one_prior_for_all_blocks_makes_shorter_codes_than_one_penalty_on_every_mean_loss():
+    x, y = planted(3000, 40, 6, strength=4.0)
+    l2 = 3e-4
+    code = online_code(x[None], y, n_classes=6, l2=l2)
+    # With one penalty on every mean loss, the block after t items has the probe of a code with t / n of the penalty.
+    same = [
+        online_code(x[None], y, n_classes=6, l2=l2 * known / 3000).block_bits[0, 0, i + 1]
+        for i, known in enumerate(code.ends[:-1].tolist())
+    ]
+    print("one prior", code.block_bits[0, 0, 1:].sum(), "one mean penalty", sum(same))
+    assert code.block_bits[0, 0, 1:].sum() < 0.9 * sum(same)
 
 
 def test_default_tolerance_changes_a_code_by_little():

@@ -2,9 +2,8 @@
 
 Two parties know all states; one also knows the labels and sends them in growing blocks. The first block is sent with
 the uniform code. For every later block both fit a probe to all labels sent so far, and the block costs minus the sum of
-log2 of the probabilities that this probe gives its labels. A label set that is easy to learn from the states, in quality
-and in the number of items it takes, has a short code (Voita & Titov 2020, "Information-theoretic probing with minimum
-description length", section 2.2). Everything is in bits.
+log2 of the probabilities that this probe gives its labels. A label set that is learnt well, and from few items, has a
+short code (Voita & Titov 2020, "Information-theoretic probing with minimum description length"). Everything is in bits.
 
 Each block's probe is the linear probe of :mod:`probing.probes.linear` with three choices that belong to the code:
 
@@ -24,8 +23,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from probing.probes.linear import (
-    BATCH_COEFFICIENTS, DEFAULT_TOLERANCE, SCORED_ROWS, ProbeProblem, log_softmax_with_absent,
-)  # fmt: skip
+    BATCH_COEFFICIENTS,
+    DEFAULT_TOLERANCE,
+    SCORED_ROWS,
+    ProbeProblem,
+    log_softmax_with_absent,
+)
 from probing.probes.standardise import moments, standardised_rows
 from spafit.errors import NumericalError, UsageError
 from spafit.runtime import generator
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-#: Shares of the items after which a block ends (Voita & Titov 2020, section 4).
+#: Shares of the items after which a block ends (Voita & Titov 2020).
 FRACTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
 #: Bits in the "kbit" of published tables.
 KBIT = 1024
@@ -204,7 +207,7 @@ def _shuffled_rows(problem: ProbeProblem, b: int, order: np.ndarray) -> torch.Te
 def _later_blocks(
     problem: ProbeProblem, rows: torch.Tensor, labels: np.ndarray, l2: float, ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bits of every block after the first, and how far in bits per item its fit is from the minimum, (M, blocks - 1)."""
+    """Bits of every block after the first, and its fit's distance from the minimum in bits per item, (M, blocks - 1)."""
     import torch
 
     from probing.probes.solver import GRAM_ROWS, Fits, Gram, solve
