@@ -177,7 +177,7 @@ def online_code(
     block_bits, converged = np.full(shape, ends[0] * np.log2(n_classes)), np.ones(shape, dtype=bool)
     together = max(1, BATCH_COEFFICIENTS // (n_classes * (problem.width + 1)))
     for b, penalty in enumerate(penalties):
-        rows = _shuffled_rows(problem, b, order)
+        rows = shuffled_rows(problem, b, order)
         for first in range(0, shape[1], together):
             sets = slice(first, first + together)
             sent = problem.labels[sets][:, order].astype(np.int64)
@@ -191,7 +191,7 @@ def online_code(
     return OnlineCode(block_bits, ends, n_classes, np.array(penalties), converged, seed)
 
 
-def _shuffled_rows(problem: ProbeProblem, b: int, order: np.ndarray) -> torch.Tensor:
+def shuffled_rows(problem: ProbeProblem, b: int, order: np.ndarray) -> torch.Tensor:
     """Features standardised on all items, in the order they are sent, and a column of ones; (n, width + 1)."""
     import torch
 
@@ -207,7 +207,7 @@ def _shuffled_rows(problem: ProbeProblem, b: int, order: np.ndarray) -> torch.Te
 def _later_blocks(
     problem: ProbeProblem, rows: torch.Tensor, labels: np.ndarray, l2: float, ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bits of every block after the first, and its fit's distance from the minimum in bits per item, (M, blocks - 1)."""
+    """Bits of every block after the first, and its fit's distance from the minimum in bits per item, (M, blocks-1)."""
     import torch
 
     from probing.probes.solver import GRAM_ROWS, Fits, Gram, solve
