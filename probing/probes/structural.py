@@ -5,9 +5,10 @@ between words i and j as ‖B(h_i − h_j)‖², the depth probe the depth of wo
 a sentence of n words is the sum of absolute errors over its n² pairs divided by n², or over its words divided by n; the
 loss of a split is the mean over its sentences.
 
-Features are rescaled for training and the scale is folded into B afterwards, so the family of probes is that of raw
-states: the distance probe sees centred columns of unit variance (columns that do not vary have weight 0), the depth
-probe, which is not indifferent to a shift, columns of unit mean square, not centred.
+Columns are rescaled to unit mean square for training and the scale is folded into B afterwards, so the family of probes
+is that of raw states. The distance probe sees states less their sentence's mean, which changes no distance (columns
+that vary within no sentence have weight 0); the depth probe, which is not indifferent to a shift, sees them as they
+are.
 
 Adam minimises the loss of batches of shuffled sentences of similar length. After every pass (or a few, where a pass is
 short) the loss on dev is taken; a probe that has no better one goes back to its best weights with a tenth of the step,
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from probing.probes.standardise import moments, standardised_rows
+from probing.probes.standardise import standardised_rows
 from probing.trees import Tree, length_groups
 from spafit.errors import NumericalError, UsageError
 from spafit.runtime import generator
@@ -45,6 +46,8 @@ LOOK_STEPS, PATIENCE, MOST_LOOKS = 20, 2, 200
 GAIN = 1e-4
 #: Adam's decay rates of the mean and the mean square of the gradient, and what is added to its root.
 BETAS, EPSILON = (0.9, 0.999), 1e-8
+#: A column whose root mean square is below this share of its largest value holds rounding alone.
+ROUNDING = 1e-6
 #: Words that are predicted at a time.
 SCORED_WORDS = 4096
 #: Memory that the features of the hidden states that are fitted together may take, in bytes.
@@ -57,28 +60,19 @@ class Projections:
 
     Attributes:
         weight: float32, (H, width, k): Bᵀ on states in their own units.
-        mean: float32, (H, width): subtracted from the states first; zero for depths. It changes no distance, but
-            keeps float32 rounding small.
         dev_loss: float64, (H,): lowest mean loss on dev, that of these weights.
         looks: times dev was looked at, (H,).
         converged: bool, (H,): whether the probe stopped by itself.
     """
 
     weight: np.ndarray = field(repr=False)
-    mean: np.ndarray = field(repr=False)
     dev_loss: np.ndarray
     looks: np.ndarray
     converged: np.ndarray
 
-    def project(self, states: np.ndarray | Tensor, b: int) -> np.ndarray:
-        """Bh for the words of one hidden state, (words, width) -> float32 (words, k)."""
-        import torch
-
-        weight, unit = torch.from_numpy(self.weight[b]), np.ones(len(self.mean[b]), dtype=np.float32)
-        out = torch.empty((len(states), weight.shape[1]))
-        for rows, features in standardised_rows(states, self.mean[b], unit, b):
-            torch.mm(features, weight, out=out[rows])
-        return out.numpy()
+    def project(self, features: np.ndarray, b: int) -> np.ndarray:
+        """Bh for the words of one hidden state, float32 (words, width) -> (words, k)."""
+        return features @ self.weight[b]
 
 
 @dataclass(frozen=True)
@@ -115,7 +109,7 @@ class StructuralProbeFit:
         out = _empty(states, lengths, self.distance, square=True)
         starts = _starts(lengths)
         for b in range(len(states)):
-            projected = self.distance.project(states[b], b)
+            projected = self.distance.project(_features(states[b], lengths, "distance", b), b)
             for n, where in length_groups(lengths):
                 at_once = max(1, SCORED_WORDS // n)
                 for first in range(0, len(where), at_once):
@@ -130,18 +124,14 @@ class StructuralProbeFit:
         out = _empty(states, lengths, self.depth, square=False)
         ends = _starts(lengths)[1:]
         for b in range(len(states)):
-            lengths_squared = np.square(self.depth.project(states[b], b)).sum(1)
+            lengths_squared = np.square(self.depth.project(_features(states[b], lengths, "depth", b), b)).sum(1)
             for position, found in enumerate(np.split(lengths_squared, ends)):
                 out[position][b] = found
         return out
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What is worth saving: ``distance_weight``, ``distance_mean`` and ``depth_weight`` (see Projections)."""
-        return {
-            "distance_weight": self.distance.weight,
-            "distance_mean": self.distance.mean,
-            "depth_weight": self.depth.weight,
-        }
+        """What is worth saving: ``distance_weight`` and ``depth_weight``, both float32 (H, width, k)."""
+        return {"distance_weight": self.distance.weight, "depth_weight": self.depth.weight}
 
 
 def fit_structural_probes(
@@ -209,6 +199,34 @@ def _starts(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
 
 
+def _features(x: np.ndarray | Tensor, lengths: Sequence[int] | np.ndarray, target: Target, b: int) -> np.ndarray:
+    """States of one hidden state (words, width) in float32; for distances less the mean of their sentence.
+
+    Raises:
+        NumericalError: states that are not finite; ``b`` is the hidden state's position, for the message.
+    """
+    import torch
+
+    zero, one = np.zeros(x.shape[1], dtype=np.float32), np.ones(x.shape[1], dtype=np.float32)
+    found = torch.cat([rows for _, rows in standardised_rows(x, zero, one, b)]).numpy()
+    return found if target == "depth" else _less_means(found, lengths)
+
+
+def _less_means(features: np.ndarray, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Features less the mean of their sentence."""
+    means = np.add.reduceat(features, _starts(lengths)) / np.asarray(lengths)[:, None]
+    return features - np.repeat(means.astype(np.float32), lengths, axis=0)
+
+
+def _scale(features: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """Root mean square of each column of the features, (width,); infinite where it is nothing but rounding.
+
+    ``largest`` holds the largest absolute value of each column of the raw states.
+    """
+    found = np.sqrt(np.einsum("nw,nw->w", features, features, dtype=np.float64) / len(features))
+    return np.where(found > ROUNDING * largest, found, np.inf).astype(np.float32)
+
+
 def _empty(
     states: np.ndarray | Tensor, lengths: Sequence[int] | np.ndarray, maps: Projections, *, square: bool
 ) -> list[np.ndarray]:
@@ -233,10 +251,7 @@ def _squared_distances(projected: np.ndarray) -> np.ndarray:
 
 def _joined(parts: Sequence[Projections]) -> Projections:
     return Projections(
-        *(
-            np.concatenate([getattr(p, name) for p in parts])
-            for name in ("weight", "mean", "dev_loss", "looks", "converged")
-        )
+        *(np.concatenate([getattr(p, name) for p in parts]) for name in ("weight", "dev_loss", "looks", "converged"))
     )
 
 
@@ -308,31 +323,20 @@ def _fit(
     """Fit one target at some hidden states; ``start`` is the position of the first, for messages."""
     import torch
 
-    means, scales, constants = [], [], []
+    train, dev, scales = [], [], []
     for b in range(len(x_train)):
-        mean, scale, constant = moments(x_train[b], start + b)
-        if target == "depth":
-            root = np.hypot(mean, np.where(constant, 0, scale)).astype(np.float32)
-            constant = root == 0
-            mean, scale = np.zeros_like(mean), np.where(constant, 1, root).astype(np.float32)
-        means.append(mean)
-        scales.append(scale)
-        constants.append(constant)
-
-    def features(x: np.ndarray | Tensor) -> Tensor:
-        found = []
-        for b, (mean, scale, constant) in enumerate(zip(means, scales, constants, strict=True)):
-            rows = torch.cat([part for _, part in standardised_rows(x[b], mean, scale, start + b)])
-            found.append(rows.masked_fill_(torch.from_numpy(constant), 0.0))
-        return torch.stack(found).to(device)
-
+        raw = _features(x_train[b], gold.lengths, "depth", start + b)
+        largest = np.abs(raw).max(0)
+        found = raw if target == "depth" else _less_means(raw, gold.lengths)
+        scales.append(_scale(found, largest))
+        train.append(torch.from_numpy(found / scales[b]))
+        dev.append(torch.from_numpy(_features(x_dev[b], gold_dev.lengths, target, start + b) / scales[b]))
     trainer = _Trainer(gold, gold_dev, len(x_train), x_train.shape[2], rank, seed=seed, device=device)
-    weight, loss, looks = trainer.run(features(x_train), features(x_dev))
+    weight, loss, looks = trainer.run(torch.stack(train).to(device), torch.stack(dev).to(device))
     if not np.isfinite(loss).all():
         b = start + int(np.flatnonzero(~np.isfinite(loss))[0])
         raise NumericalError(f"The {target} probe of hidden state {b} of the call found no finite dev loss.")
-    weight = np.where(np.stack(constants)[..., None], 0, weight / np.stack(scales)[..., None]).astype(np.float32)
-    return Projections(weight, np.stack(means), loss, looks, trainer.stopped.numpy())
+    return Projections(weight / np.stack(scales)[..., None], loss, looks, trainer.stopped.numpy())
 
 
 class _Trainer:
