@@ -39,7 +39,7 @@ RANK = 64
 #: Sentences per step, and batches that are cut from sentences sorted by length.
 BATCH, POOL = 20, 50
 #: Size of a step at first, as a share of the standard deviation of the first weights; then a tenth of it, and so on.
-STEP, STEP_SIZES = 0.03, 4
+STEP, STEP_SIZES = 0.1, 4
 #: Steps between looks at dev, at least; looks without a gain before the step shrinks; looks at most.
 LOOK_STEPS, PATIENCE, MOST_LOOKS = 20, 2, 200
 #: A gain on dev below this share of the loss does not count as one.
@@ -232,6 +232,8 @@ def _empty(
 ) -> list[np.ndarray]:
     hidden, width, _ = maps.weight.shape
     words = int(np.sum(lengths))
+    if min(lengths) < 1:
+        raise UsageError(f"A sentence has {min(lengths)} words; every length must be at least 1.")
     if states.ndim != 3 or tuple(states.shape) != (hidden, words, width):
         raise UsageError(
             f"The probes were fitted on {hidden} hidden state(s) of width {width} and the sentences have {words} "
