@@ -152,12 +152,16 @@ def test_too_low_a_rank_cannot_hold_the_trees(states, probes):
     assert fitted(states, rank=1).distance.dev_loss[1] > 10 * probes.distance.dev_loss[1]
 
 
-def test_the_same_call_gives_the_same_bytes_and_hidden_states_do_not_mix(states, probes):
+def test_the_same_call_gives_the_same_bytes_and_hidden_states_do_not_mix(states, probes, monkeypatch):
     again = fitted(states)
     np.testing.assert_array_equal(again.distance.weight, probes.distance.weight)
     np.testing.assert_array_equal(again.depth.weight, probes.depth.weight)
     alone = fitted({split: x[1:] for split, x in states.items()})
     np.testing.assert_allclose(alone.distance.dev_loss, probes.distance.dev_loss[1:], atol=5e-3)
+    monkeypatch.setattr("probing.probes.structural.CHUNK_BYTES", 1)  # one hidden state at a time
+    apart = fitted(states)
+    np.testing.assert_array_equal(apart.distance.weight[1:], alone.distance.weight)
+    np.testing.assert_allclose(apart.depth.dev_loss, probes.depth.dev_loss, atol=5e-3)
     assert not np.array_equal(fitted(states, seed=1).distance.weight, probes.distance.weight)
 
 

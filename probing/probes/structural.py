@@ -50,7 +50,7 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 ROUNDING = 1e-6
 #: Words that are predicted at a time.
 SCORED_WORDS = 4096
-#: Memory that the features of the hidden states that are fitted together may take, in bytes.
+#: Memory that the features of hidden states fitted together may take, in bytes; copying them takes it twice.
 CHUNK_BYTES = 600_000_000
 
 
