@@ -81,6 +81,8 @@ class StructuralProbeFit:
 
     Do not trust high scores without a control: a probe of high rank also fits to words what it knows of them from
     training; compare with hidden state 0, a random-weight encoder, and the linear chain.
+    Nor differences of a point of UUAS: on 1,500 sentences (UD EWT), steps of 0.03 and 0.1 at first and a patience
+    of 1 and 2 moved dev losses by up to 2 % and UUAS by up to 0.013. Refit with other seeds.
 
     Attributes:
         distance: the maps for tree distances.
@@ -327,7 +329,7 @@ def _fit(
 
     train, dev, scales = [], [], []
     for b in range(len(x_train)):
-        raw = _features(x_train[b], gold.lengths, "depth", start + b)
+        raw = _features(x_train[b], gold.lengths, "depth", start + b)  # as they are
         largest = np.abs(raw).max(0)
         found = raw if target == "depth" else _less_means(raw, gold.lengths)
         scales.append(_scale(found, largest))
