@@ -18,7 +18,10 @@ Rows = list[dict[str, str]]
 
 
 def _number(value: float, *, factor: float = 100.0, digits: int = 1, sign: bool = True) -> str:
-    return "–" if pd.isna(value) else f"{factor * value:{'+' if sign else ''}.{digits}f}"
+    if pd.isna(value):
+        return "–"
+    rounded = round(factor * value, digits) + 0.0  # a small negative number is not "-0.0"
+    return f"{rounded:{'+' if sign else ''}.{digits}f}"
 
 
 def summary_rows(comparison: Comparison) -> Rows:

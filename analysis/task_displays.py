@@ -132,12 +132,13 @@ def use_figure(table: pd.DataFrame) -> Figure:
     figure = plotting.new_figure(width=11.0, height=3.3 * len(models))
     axes = figure.subplots(len(models), 2, squeeze=False)
     labels = {"abs_sum": "Σ|conductance|, logits", "sum": "Σ conductance, logits"}
+    titles = {"abs_sum": "size of all contributions", "sum": "towards (+) or away from (−) the decision"}
     for line, model in zip(axes, models, strict=True):
         own = table[table["model"] == model]
         for ax, (statistic, label) in zip(line, labels.items(), strict=True):
             _branch_bars(ax, own[own["statistic"] == statistic])
             _block_axis(ax, own["block"].unique(), label)
-            ax.set_title(f"{model}: {'how much' if statistic == 'abs_sum' else 'towards or away from'} the decision")
+            ax.set_title(f"{model}: {titles[statistic]}")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     plotting.lay_out(figure)
     return figure
