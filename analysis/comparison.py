@@ -99,10 +99,15 @@ class Comparison:
         """Names of the tasks that were compared."""
         return tuple(dict.fromkeys(self.forgetting["task"]))
 
+    @property
+    def metric(self) -> Literal["accuracy", "bits"]:
+        """What the page shows: accuracy, or bits where all tasks are tasks of numbers, which have no accuracy."""
+        return "accuracy" if (self.forgetting["metric"] == "accuracy").any() else "bits"
+
     def to_pandas(
         self,
         *,
-        metric: Literal["accuracy", "bits"] = "accuracy",
+        metric: Literal["accuracy", "bits"] | None = None,
         control: Literal["word-type", "none"] = "word-type",
         split: str | None = None,
         probe: str | None = None,
@@ -111,9 +116,16 @@ class Comparison:
 
         With ``control="word-type"``, a task that has no control task gives its own scores.
 
+        Args:
+            metric: None is :attr:`metric`.
+            control: what is subtracted.
+            split: a test split.
+            probe: a probe family.
+
         Raises:
             UsageError: an unknown metric or control, or no such rows: tasks of numbers are compared in bits alone.
         """
+        metric = self.metric if metric is None else metric
         for name, value, allowed in (("metric", metric, ("accuracy", "bits")), ("control", control, CONTROLS)):
             if value not in allowed:
                 hint = did_you_mean(value, allowed)
@@ -130,7 +142,7 @@ class Comparison:
         has = rows["task"].isin(rows.loc[rows["control"] == control, "task"])
         return rows[(rows["control"] == control) | ~has].reset_index(drop=True)
 
-    def summary(self, *, metric: Literal["accuracy", "bits"] = "accuracy") -> pd.DataFrame:
+    def summary(self, *, metric: Literal["accuracy", "bits"] | None = None) -> pd.DataFrame:
         """Per model and task, at the hidden state where the task could be read best before training.
 
         The hidden state is chosen by the task's own score before training alone, so that looking for a loss does not
@@ -164,8 +176,9 @@ class Comparison:
             )  # fmt: skip
         return pd.DataFrame(rows)
 
-    def to_markdown(self, *, metric: Literal["accuracy", "bits"] = "accuracy") -> str:
+    def to_markdown(self, *, metric: Literal["accuracy", "bits"] | None = None) -> str:
         """:meth:`summary` as a table that pastes; differences are in points of accuracy, or bits."""
+        metric = self.metric if metric is None else metric
         unit, factor, digits = ("points", 100.0, 1) if metric == "accuracy" else ("bits", 1.0, 3)
         lines = [
             f"| model | task | at | before | after | lost ({unit}) | moved | re-encoded | largest loss |",

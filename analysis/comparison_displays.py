@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 PARTS = {"lost": ("#D55E00", ""), "moved": ("#56B4E9", "//"), "re-encoded": ("#F0E442", "..")}
 
 
+def score_unit(rows: pd.DataFrame) -> tuple[float, str]:
+    """What values are multiplied by, and the unit that they are then in."""
+    return (100.0, "points") if rows["metric"].iloc[0] == "accuracy" else (1.0, "bits")
+
+
 def plot_forgetting(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Stacked parts of what the old probes no longer score, by hidden state; positive parts up, negative ones down.
 
@@ -30,20 +35,22 @@ def plot_forgetting(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     n_tasks = rows["task"].nunique()
     mean = rows.groupby(["hidden", "term"])["value"].mean().unstack("term")
     hidden = mean.index.to_numpy()
+    factor, unit = score_unit(rows)
     up, down = np.zeros(len(hidden)), np.zeros(len(hidden))
     for term, (color, hatch) in PARTS.items():
-        value = mean[term].fillna(0.0).to_numpy() * 100
+        value = mean[term].fillna(0.0).to_numpy() * factor
         bottom = np.where(value >= 0, up, down)
         ax.bar(
             hidden, value, bottom=bottom, width=0.72, color=color, hatch=hatch, edgecolor="#333333", linewidth=0.5,
             label=term,
         )  # fmt: skip
         up, down = up + np.maximum(value, 0), down + np.minimum(value, 0)
-    ax.plot(hidden, mean["total"] * 100, "D", color="#000000", markersize=4, label="before − transfer (the sum)")
+    ax.plot(hidden, mean["total"] * factor, "D", color="#000000", markersize=4, label="before − transfer (the sum)")
     ax.axhline(0, color="#333333", linewidth=0.8)
     ax.set_xticks(plotting.hidden_ticks(int(hidden.min()), int(hidden.max())))
     ax.set_xlabel("hidden state (0 = embeddings)")
-    ax.set_ylabel("accuracy above control, points" if (rows["control"] != "none").any() else "accuracy, points")
+    metric = "accuracy" if unit == "points" else "saved"
+    ax.set_ylabel(f"{metric} above control, {unit}" if (rows["control"] != "none").any() else f"{metric}, {unit}")
     what = rows["task"].iloc[0] if n_tasks == 1 else f"mean of {n_tasks} tasks"
     ax.set_title(f"{rows['model'].iloc[0]}: {what}")
     ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4)
@@ -71,7 +78,8 @@ def loss_map(rows: pd.DataFrame) -> Figure:
 
     models, lost = list(dict.fromkeys(rows["model"])), rows[rows["term"] == "lost"]
     tasks = list(dict.fromkeys(rows["task"]))
-    limit = max(5.0, float(100 * lost["value"].abs().max()))
+    factor, unit = score_unit(rows)
+    limit = max(0.05 * factor, float(factor * lost["value"].abs().max()))
     figure = plotting.new_figure(width=2.6 + 3.4 * len(models), height=max(3.2, 1.5 + 0.27 * len(tasks)))
     axes = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     image = None
@@ -79,7 +87,7 @@ def loss_map(rows: pd.DataFrame) -> Figure:
         own = lost[lost["model"] == model].pivot_table(
             index="task", columns="hidden", values=["value", "p_layers"], sort=False, dropna=False
         )
-        value = 100 * own["value"].reindex(tasks)
+        value = factor * own["value"].reindex(tasks)
         image = ax.imshow(
             value.to_numpy(), aspect="auto", cmap="RdBu_r", norm=TwoSlopeNorm(0, -limit, limit), interpolation="nearest"
         )
@@ -94,5 +102,5 @@ def loss_map(rows: pd.DataFrame) -> Figure:
             side.set_visible(False)
     assert image is not None
     bar = figure.colorbar(image, ax=list(axes), shrink=0.9)
-    bar.set_label("lost, points (dot: p < .05)")
+    bar.set_label(f"lost, {unit} (dot: p < .05)")
     return figure

@@ -45,7 +45,8 @@ def write_comparison_report(comparison: Comparison) -> tuple[Path, ...]:
 
     run = comparison.run
     page = page_environment(escape=True).get_template("comparison.html.j2").render(
-        before=run["before"], paragraphs=comparison.paragraphs(), figures=shown(forgetting),
+        before=run["before"], accuracy=comparison.metric == "accuracy", paragraphs=comparison.paragraphs(),
+        figures=shown(forgetting),
         summary=summary_rows(comparison), drift={"figures": shown(drift)} if drift else None,
         weights=weight_rows(comparison), retention={"figures": shown(retention), "rows": retention_rows(comparison)},
         cause={"figures": shown(cause), "rows": tables["cause"], "erased": tables["erased"]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -24,16 +25,22 @@ def _number(value: float, *, factor: float = 100.0, digits: int = 1, sign: bool 
     return f"{rounded:{'+' if sign else ''}.{digits}f}"
 
 
+def _scale(comparison: Comparison) -> dict[str, Any]:
+    """How scores are shown: accuracy in points, bits as they are."""
+    return {} if comparison.metric == "accuracy" else {"factor": 1.0, "digits": 3}
+
+
 def summary_rows(comparison: Comparison) -> Rows:
     """Per model and task, at the hidden state where the task could be read best before training."""
+    number = partial(_number, **_scale(comparison))
     return [
         {
             "model": r["model"], "task": r["task"], "level": r["level"], "at": str(r["hidden"]),
-            "before": _number(r["pre"], sign=False),
-            "after": _number(r["recoverable"], sign=False), "lost": _number(r["lost"]),
-            "95 %": f"{_number(r['ci_low'])} to {_number(r['ci_high'])}", "p": f"{r['p_layers']:.3f}",
-            "moved": _number(r["moved"]), "re-encoded": _number(r["re_encoded"]),
-            "largest loss": f"{_number(r['worst'])} at {r['worst_hidden']}",
+            "before": number(r["pre"], sign=False),
+            "after": number(r["recoverable"], sign=False), "lost": number(r["lost"]),
+            "95 %": f"{number(r['ci_low'])} to {number(r['ci_high'])}", "p": f"{r['p_layers']:.3f}",
+            "moved": number(r["moved"]), "re-encoded": number(r["re_encoded"]),
+            "largest loss": f"{number(r['worst'])} at {r['worst_hidden']}",
         }
         for r in comparison.summary().to_dict("records")
     ]  # fmt: skip
@@ -84,7 +91,7 @@ def beside_rows(comparison: Comparison) -> Rows:
     for r in mean.reset_index().to_dict("records"):
         model, hidden = r["model"], r["hidden"]
         row = {"model": str(model), "hidden": str(hidden)}
-        row |= {t: _number(r[t], sign=t != "pre") for t in ("pre", "lost", "moved", "re-encoded")}
+        row |= {t: _number(r[t], sign=t != "pre", **_scale(comparison)) for t in ("pre", "lost", "moved", "re-encoded")}
         if comparison.drift is not None:
             own = comparison.drift[(comparison.drift["model"] == model) & (comparison.drift["hidden"] == hidden)]
             for measure, label in (
@@ -210,9 +217,10 @@ def sequence_rows(comparison: Comparison) -> Rows:
     if comparison.sequence is None:
         return []
     matrix, trained = forgetting_matrix(comparison.sequence), comparison.run["sequence"]["trained"]
+    number = partial(_number, sign=False, **_scale(comparison))
     return [
         {"stage": str(stage)}
-        | {str(t): f"{100 * v:.1f}{'*' if trained.get(stage) == t else ''}" for t, v in matrix.loc[stage].items()}
+        | {str(t): number(v) + "*" * (trained.get(stage) == t) for t, v in matrix.loc[stage].items()}
         for stage in matrix.index
     ]
 

@@ -17,6 +17,10 @@ def model_in_words(comparison: Comparison, model: str) -> str:
     facts = comparison.run["models"][model]
     rows = comparison.to_pandas()
     rows = rows[rows["model"] == model]
+
+    def amount(value: float) -> str:
+        return f"{100 * value:.1f} points" if comparison.metric == "accuracy" else f"{value:.3f} bits"
+
     last = int(rows["hidden"].max())
     shared = facts["unchanged"]
     head = f"{model}: "
@@ -29,16 +33,16 @@ def model_in_words(comparison: Comparison, model: str) -> str:
     lost = own[(own["p_layers"] < 0.05) & (own["lost"] > 0)].sort_values("lost", ascending=False)
     gained = own[(own["p_layers"] < 0.05) & (own["lost"] < 0)]
     text = head + (
-        f"Where each task could be read best before training, {len(lost)} of {len(own)} tasks lost accuracy beyond "
-        "what sampling explains (p < .05 over layers)"
+        f"Where each task could be read best before training, {len(lost)} of {len(own)} tasks lost "
+        f"{comparison.metric} beyond what sampling explains (p < .05 over layers)"
     )
     if len(lost):
-        text += ": " + ", ".join(f"{r['task']} {100 * r['lost']:.1f} points" for r in lost.head(3).to_dict("records"))
+        text += ": " + ", ".join(f"{r['task']} {amount(r['lost'])}" for r in lost.head(3).to_dict("records"))
     if len(gained):
         text += f"; {len(gained)} gained"
     text += ". "
     deep = rows[rows["hidden"] == last].groupby("term")["value"].mean()
-    parts = [f"{100 * deep[t]:.1f} points {t}" for t in ("lost", "moved", "re-encoded") if pd.notna(deep.get(t))]
+    parts = [f"{amount(deep[t])} {t}" for t in ("lost", "moved", "re-encoded") if pd.notna(deep.get(t))]
     text += f"At the last hidden state the mean over tasks is {', '.join(parts)}."
     if facts["missing"]:
         text += f" Not compared: {facts['missing'].rstrip('.')}."
@@ -119,12 +123,13 @@ def _use(own: pd.DataFrame) -> str:
 def sequence_in_words(comparison: Comparison) -> str:
     """The two published scalars of a sequence, and what they hide."""
     facts = comparison.run["sequence"]
+    factor, form, unit = (100.0, "+.1f", "points") if comparison.metric == "accuracy" else (1.0, "+.3f", "bits")
     order = ", ".join(f"{stage} ({task})" for stage, task in facts["trained"].items())
     scalars = [
-        f"{name} {'not defined' if facts[key] is None or pd.isna(facts[key]) else format(100 * facts[key], '+.1f')}"
+        f"{name} {'not defined' if facts[key] is None or pd.isna(facts[key]) else format(factor * facts[key], form)}"
         for key, name in (("backward_transfer", "backward transfer"), ("average_forgetting", "average forgetting"))
     ]
     return (
-        f"As a sequence, {order}: {' and '.join(scalars)} points, from the best score over hidden states. "
+        f"As a sequence, {order}: {' and '.join(scalars)} {unit}, from the best score over hidden states. "
         "Both hide the hidden state; the terms above give it, each stage against the start."
     )

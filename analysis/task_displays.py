@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from analysis.comparison_displays import PARTS
+from analysis.comparison_displays import PARTS, score_unit
 from analysis.task_tables import reverted
 from spafit import plotting
 
@@ -196,12 +196,13 @@ def beside_figure(comparison: Comparison) -> Figure | None:
 
 def _panel_forgetting(ax: Axes, comparison: Comparison, model: str) -> None:
     rows = comparison.to_pandas()
-    mean = 100 * rows[rows["model"] == model].groupby(["hidden", "term"])["value"].mean().unstack("term")
+    factor, unit = score_unit(rows)
+    mean = factor * rows[rows["model"] == model].groupby(["hidden", "term"])["value"].mean().unstack("term")
     for (term, (color, _)), style, marker in zip(PARTS.items(), ("-", "--", ":"), ("o", "s", "^"), strict=True):
         ink = "#B59F00" if term == "re-encoded" else color  # a line of the bars' yellow is too faint on white
         ax.plot(mean.index, mean[term], style, color=ink, marker=marker, markersize=4, label=term)
     ax.axhline(0, color=plotting.MUTED, linewidth=0.8)
-    ax.set_ylabel("forgetting,\npoints")
+    ax.set_ylabel(f"forgetting,\n{unit}")
 
 
 def _panel_drift(ax: Axes, comparison: Comparison, model: str) -> None:

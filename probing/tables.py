@@ -311,7 +311,9 @@ def legend(rows: Sequence[TaskRow], *, width: int = 120) -> str:
         parts.append("; ".join(f"{k}: {meant[k]}" for k in dict.fromkeys(SHORT_METRICS[r.metric] for r in rows)) + ".")
     parts.append(f"−rand, −ctrl: {score} minus the random encoder's and minus the word-type control task's, there.")
     splits = sorted({r.split for r in rows})
-    parts.append(f"chance: the training majority class. Test split: {', '.join(splits)}. layers: from chance to best.")
+    usual = {"acc": "majority class", "F1": "most frequent set of labels", "R²": "mean"}
+    chance = " or ".join(dict.fromkeys(usual[SHORT_METRICS[r.metric]] for r in rows))
+    parts.append(f"chance: the training {chance}. Test split: {', '.join(splits)}. layers: from chance to best.")
     return textwrap.fill(" ".join(parts), width)
 
 

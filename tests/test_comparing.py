@@ -306,8 +306,15 @@ def test_numbers_are_compared_in_bits_by_every_family(models: dict[str, Any], tm
         drift=False, out=tmp_path / "compared", cache_dir=tmp_path / "cache", quiet=True,
     )  # fmt: skip
     assert set(found.forgetting["metric"]) == {"bits"}
-    assert np.isfinite(found.forgetting.query("term == 'before'")["value"]).all()
-    assert len(found.summary(metric="bits")) == 1
-    assert found.to_markdown(metric="bits")
+    before = found.forgetting.query("term == 'pre'")["value"]
+    assert len(before)
+    assert np.isfinite(before).all()
+    lost = found.summary()["lost"].iloc[0]
+    assert found.to_markdown() == found.to_markdown(metric="bits")
+    write_comparison_report(found)
+    page = (tmp_path / "compared" / "report.html").read_text()
+    assert f"{lost:+.3f}" in page
+    assert "bits saved per item" in page
+    assert "points of accuracy" not in page
     with pytest.raises(UsageError, match="Tasks of numbers are compared in bits"):
-        found.to_markdown()
+        found.to_markdown(metric="accuracy")

@@ -190,9 +190,13 @@ def write_page() -> None:
         "Lost: the probe fitted before minus one fitted after, each on its own states. Significant: losses with p < .05 (max-T "
         "over hidden states, less the control task), of all tasks and seeds.",
         "",
-        "| trained on | method | lost | significant losses | significant gains | CKA of the last hidden state |",
-        "|---|---|--:|--:|--:|--:|",
+        "Score: the trained task's own headline score on its development items (SST-2 accuracy, STS-B the mean of both "
+        "correlations), of the same trainings in `../glue_minilm/rows.csv`.",
+        "",
+        "| trained on | method | score | lost | significant losses | significant gains | CKA of the last hidden state |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
+    scores = _scores()
     best = _at_best(alone)
     strict = _at_best(own)
     for (trained_on, method), group in best.groupby(["trained_on", "method"], sort=False):
@@ -205,7 +209,8 @@ def write_page() -> None:
         ]["value"]  # fmt: skip
         spread = f" ± {seeds.std():.1f}" if len(seeds) > 1 else ""
         lines.append(
-            f"| {trained_on} | {method} | {seeds.mean():+.1f}{spread} | {(hit['value'] > 0).sum()} of {len(tests)} | "
+            f"| {trained_on} | {method} | {_score(scores, trained_on, method, seeds.index)} | {seeds.mean():+.1f}{spread} | "
+            f"{(hit['value'] > 0).sum()} of {len(tests)} | "
             f"{(hit['value'] < 0).sum()} | {cka.mean():.2f} |"
         )
     lines += ["", "## By hidden state, mean over tasks and seeds", ""]
@@ -237,8 +242,59 @@ def write_page() -> None:
     )
     for (task, trained_on, method), r in top.head(10).iterrows():
         lines.append(f"| {task} | {trained_on} | {method} | {int(r['size'])} | {100 * r['mean']:+.1f} |")
+    lines += _sequence_lines()
     lines += ["", *_reading(best, strict), ""]
     (HERE / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _scores() -> pd.Series:
+    """Headline score by task, method and training seed, at the chosen learning rate."""
+    rows, rates = pd.read_csv(HERE.parent / "glue_minilm" / "rows.csv"), chosen_rates()
+    main = rows[rows["metric"] == "headline"]
+    at_rate = [rates[t, m] == r for t, m, r in zip(main["task"], main["method"], main["learning_rate"], strict=True)]
+    return main[at_rate].set_index(["task", "method", "seed"])["value"]
+
+
+def _score(scores: pd.Series, task: str, method: str, seeds: pd.Index) -> str:
+    own = [float(scores[task, method, s]) for s in seeds if (task, method, s) in scores.index]
+    return f"{sum(own) / len(own):.3f}" if own else "–"
+
+
+def _sequence_lines() -> list[str]:
+    """The forgetting matrix of the sequence and its two scalars, from sequence.csv."""
+    from analysis.sequence import forgetting_matrix, sequence_summaries
+
+    path = HERE / "sequence.csv"
+    if not path.exists():
+        return []
+    scores = pd.read_csv(path)
+    names = {t: t.rsplit(".", 1)[-1] for t in scores["task"].unique()}
+    lines = [
+        "",
+        "## In sequence: CoLA, then RTE, everything trained",
+        "",
+        "Best accuracy over hidden states of a probe for each of the two tasks themselves, before and after each stage, in percent. "
+        "Backward transfer ([Lopez-Paz & Ranzato 2017](https://arxiv.org/abs/1706.08840), equation 3) is the first task's last score "
+        "minus that right after its own stage; average forgetting ([Chaudhry et al. 2018](https://arxiv.org/abs/1801.10112)) its best "
+        "earlier score after a stage minus its last. What each hidden state lost of the probing tasks after each stage stands above.",
+        "",
+        "| training seed | stage | " + " | ".join(names.values()) + " | backward transfer | average forgetting |",
+        "|--:|---" + "|--:" * (len(names) + 2) + "|",
+    ]
+    for seed, own in scores.groupby("training_seed"):
+        matrix = forgetting_matrix(own[["stage", "task", "value"]])
+        trained = {
+            stage: next(t for t, n in names.items() if n == stage) for stage in matrix.index if stage in names.values()
+        }
+        both = sequence_summaries(matrix, trained)
+        for stage in matrix.index:
+            cells = " | ".join(
+                f"{100 * v:.1f}{'*' if trained.get(stage) == t else ''}" for t, v in matrix.loc[stage].items()
+            )
+            last = stage == matrix.index[-1]
+            tail = [f"{100 * v:+.1f}" if last else "" for v in both.values()]
+            lines.append(f"| {seed} | {stage} | {cells} | {' | '.join(tail)} |")
+    return [*lines, "", "\\* trained in this stage."]
 
 
 def _at_best(rows: pd.DataFrame) -> pd.DataFrame:
