@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats as scipy_stats
 
-from analysis.hsic import CHUNK, Shift, Side, Terms, Variant, hsic1, make_side, row_dots
+from analysis.hsic import Shift, Side, Terms, Variant, hsic1, make_side, row_dots
 from analysis.sentences import Layout, as_states, usable_items
 from spafit.errors import NumericalError
 from spafit.runtime import generator
 
+#: Rows that :func:`debiased_cka` centres at once, in memory that it writes again and again.
+PLAIN_CHUNK = 2048
 #: Most sentences that the permutation test uses (it holds two matrices of sentences × sentences).
 MOST_PERMUTED = 1000
 
@@ -98,9 +100,13 @@ def _plain_terms(x: np.ndarray, y: np.ndarray, variant: Variant) -> tuple[np.nda
     norms = np.empty((2, n))
     with np.errstate(over="ignore", invalid="ignore"):
         shifts = [Shift.of(side, variant) for side in (x, y)]
-        for start in range(0, n, CHUNK):
-            rows = slice(start, start + CHUNK)
-            a, b = (shift.apply(side[rows]) for shift, side in zip(shifts, (x, y), strict=True))
+        room = [np.empty((min(n, PLAIN_CHUNK), side.shape[1]), side.dtype) for side in (x, y)]
+        for start in range(0, n, PLAIN_CHUNK):
+            rows = slice(start, min(start + PLAIN_CHUNK, n))
+            a, b = (
+                shift.apply(side[rows], out=out[: rows.stop - start])
+                for shift, side, out in zip(shifts, (x, y), room, strict=True)
+            )
             norms[:, rows] = row_dots(a, a), row_dots(b, b)
             for product, left, right in zip(products, (b, a, b), (a, a, b), strict=True):
                 product += left.T @ right

@@ -55,9 +55,9 @@ class Shift:
         varies = deviation > eps * np.abs(mean)
         return cls(mean, np.where(varies, 1 / np.where(varies, deviation, 1.0), 0.0), 0.0)
 
-    def apply(self, states: np.ndarray) -> np.ndarray:
-        """A centred copy in the same precision."""
-        centred = states - self.mean.astype(states.dtype)
+    def apply(self, states: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
+        """A centred copy in the same precision, in ``out`` if given."""
+        centred = np.subtract(states, self.mean.astype(states.dtype), out=out)
         if self.factor is not None:
             centred *= self.factor.astype(states.dtype)
         return centred

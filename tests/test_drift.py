@@ -52,7 +52,7 @@ def test_rows_in_several_chunks_give_what_all_at_once_give(variant: Variant, mon
     x, y = (a.astype(np.float32) + 3 for a in gaussians(47, 7, 5))
     y[:, :3] += 2 * x[:, :3]
     whole, copies = debiased_cka(x, y, variant=variant), (x.copy(), y.copy())
-    monkeypatch.setattr(cka, "CHUNK", 20)
+    monkeypatch.setattr(cka, "PLAIN_CHUNK", 20)
     assert debiased_cka(x, y, variant=variant).value == pytest.approx(whole.value, rel=1e-5)
     assert all(np.array_equal(a, b) for a, b in zip((x, y), copies, strict=True))
     assert 0.1 < whole.value < 0.9
