@@ -114,6 +114,16 @@ def test_the_page_of_the_masked_model_says_whether_it_learnt_a_language(
     assert (tmp_path / "lens.png").stat().st_size > 10_000
 
 
+def test_the_committed_page_of_the_masked_model_is_made_of_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("control.csv", "rows.csv", "training.csv"):
+        shutil.copy(RESULTS / "masked_lm" / name, tmp_path / name)
+    load("masked_lm", tmp_path, monkeypatch).write_page()
+    committed, made = (f / "README.md" for f in (RESULTS / "masked_lm", tmp_path))
+    assert made.read_text(encoding="utf-8") == committed.read_text(encoding="utf-8")
+
+
 # ---------------------------------------------------------------- remedies
 
 
