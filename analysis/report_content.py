@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from probing.measure_displays import measure_rows
 from probing.metrics import shown_metric
 from probing.tables import (
     MISSING,
@@ -72,6 +73,7 @@ def report_content(
             for name, facts in run.get("tasks", {}).items()
             if facts.get("status") == "failed"
         ],
+        "measures": [] if results.measures is None else measure_rows(results.measures, results.summaries),
         "verdict": None if verdict is None else _verdict(verdict),
         "strata": None if suggestion is None else _strata(suggestion),
         "notes": [str(n) for n in run.get("warnings", [])],

@@ -133,7 +133,7 @@ def fit_task(
     """
     family = Linear() if family is None else family
     labels, usable = label_values(task), np.ones(len(task.items), dtype=bool) if usable is None else usable
-    rows = _rows(task, settings, labels, usable)
+    rows = split_rows(task, settings, labels, usable)
     family.check(task, states(hidden[0], rows.dev[:1]).shape[1])
 
     seeds = settings.seeds
@@ -189,8 +189,14 @@ def fit_task(
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Positions of the items that are used, by split; training items by seed."""
+class SplitRows:
+    """Positions in ``task.items`` of the items that are used, by split.
+
+    Attributes:
+        draws: training items by seed.
+        dev: dev items.
+        test: items of all test splits together.
+    """
 
     draws: Mapping[int, np.ndarray]
     dev: np.ndarray
@@ -203,10 +209,15 @@ class _Rows:
         return all(np.array_equal(rows, first) for rows in self.draws.values())
 
 
-def _rows(task: Task, settings: ProbeSettings, labels: np.ndarray, usable: np.ndarray) -> _Rows:
+def split_rows(task: Task, settings: ProbeSettings, labels: np.ndarray, usable: np.ndarray) -> SplitRows:
+    """Training items of each seed, dev and test items, without those that have no state.
+
+    Raises:
+        TaskError: this leaves no training, dev or test items, or a draw whose labels do not vary.
+    """
     split = task.items["split"].to_numpy()
     draws = {seed: rows[usable[rows]] for seed, rows in training_rows(task, settings).items()}
-    found = _Rows(
+    found = SplitRows(
         draws,
         np.flatnonzero((split == "dev") & usable),
         np.flatnonzero(~np.isin(split, ("train", "dev")) & usable),

@@ -15,7 +15,7 @@ import numpy as np
 from probing.config import ProbeConfig
 from probing.earlier import check_same_run, find_run
 from probing.fitting import ProbeSettings, training_rows
-from probing.parts import is_finished
+from probing.parts import is_finished, measure_part
 from probing.probes.families import parse_probe
 from probing.tasks.base import ITEM_COLUMNS, SPAN_UNITS, Corpus, Task, Text
 from spafit import io
@@ -69,6 +69,7 @@ class ProbePlan:
         failed: references or tasks that cannot be probed, with the sentence that says why.
         hidden: hidden indices that are probed.
         done: names of tasks whose results are already in the folder.
+        measuring: (task, measure) pairs that are asked for and not in the folder.
         extractions: batches, tokens and bytes of each corpus, by corpus name.
         needed: the texts of each corpus that are encoded.
         settings: what determines the probes' numbers.
@@ -87,6 +88,7 @@ class ProbePlan:
     needed: Mapping[str, NeededTexts]
     settings: ProbeSettings
     seconds: dict[str, float] = field(default_factory=dict)
+    measuring: tuple[tuple[str, str], ...] = ()
 
     @property
     def stack(self) -> Stack:
@@ -111,6 +113,10 @@ class ProbePlan:
         return io.content_digest(
             (NUMBERS_VERSION, io.SCHEMA_VERSION, task.digest, task.level, *model_parts, *settings, self.device)
         )
+
+    def measure_key(self, task: Task, measure: str) -> str:
+        """Digest of everything that the numbers of one measure of a task depend on."""
+        return io.content_digest((self.task_key(task), measure))
 
     @property
     def encoders(self) -> int:
@@ -159,8 +165,9 @@ class ProbePlan:
         from probing.extraction import seconds_per_token
 
         todo = [t for t in self.tasks if t.name not in self.done]
+        measures = self._estimate_measures()
         if not todo:
-            return 0.0
+            return measures
         tokens = sum(self.extractions[c].tokens for c in {t.corpus.name for t in todo})
         per_token = seconds_per_token(self.loaded, stack=self.config.stack, device=self.device, dtype=self.config.dtype)
         products = sum(
@@ -171,7 +178,21 @@ class ProbePlan:
             for p in self.settings.probe
         )
         fits = len(self.hidden) * len(self.config.seeds) * (1 + (self.encoders > 1))
-        return self.encoders * tokens * per_token * 1.15 + fits * products / 2e10 + 5.0
+        return self.encoders * tokens * per_token * 1.15 + fits * products / 2e10 + measures + 5.0
+
+    def _estimate_measures(self) -> float:
+        """Rough time of the measures still to take."""
+        from probing.measures import cost
+
+        named = {t.name: t for t in self.tasks}
+        products = sum(
+            cost(
+                measure, n=len(training_rows(named[name], self.settings)[self.config.seeds[0]]), width=self.stack.width,
+                classes=max(len(named[name].labels), 1), hidden=len(self.hidden),
+            )
+            for name, measure in self.measuring
+        )  # fmt: skip
+        return len(self.config.seeds) * products / 2e10
 
 
 def plan_probing(
@@ -249,7 +270,11 @@ def plan_probing(
     if config.overwrite != "always":
         done = {t.name for t in tasks if is_finished(out, t.name, plan.task_key(t))}
         plan = replace(plan, done=frozenset(done))
-    return plan
+    measuring = tuple(
+        (t.name, m) for t in tasks for m in config.measures
+        if config.overwrite == "always" or not is_finished(out, measure_part(t.name, m), plan.measure_key(t, m))
+    )  # fmt: skip
+    return replace(plan, measuring=measuring)
 
 
 def _read_tasks(

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from probing.config import Overwrite, ProbeConfig, seed_numbers
+from probing.config import MEASURES, Overwrite, ProbeConfig, seed_numbers
 from probing.earlier import clear_run
 from probing.fitting import States, TaskFit, fit_task
 from probing.item_states import item_states, rows_of_items, texts_of_items
-from probing.parts import is_finished, read_part, write_part
+from probing.parts import is_finished, measure_part, read_part, write_part
 from probing.planning import ProbePlan, extraction_options, plan_probing, timed
 from probing.probes.families import parse_probe
 from probing.results import ProbeResults, summary_table
@@ -41,6 +41,7 @@ def probe_layers(
     pooling: Sequence[str] = ("mean",),
     probe: Sequence[str] = ("linear",),
     controls: Sequence[str] = ("word-type", "random-encoder"),
+    measures: Sequence[str] = (),
     max_train: int | None = None,
     seeds: int | Sequence[int] = (0, 1, 2),
     l2: Sequence[float] | None = None,
@@ -85,6 +86,7 @@ def probe_layers(
         pooling=tuple(pooling),
         probe=(probe,) if isinstance(probe, str) else tuple(probe),
         controls=tuple(controls),
+        measures=tuple(measures),
         max_train=max_train,
         seeds=seed_numbers(seeds),
         l2=None if l2 is None else tuple(l2),
@@ -142,6 +144,9 @@ def run_plan(plan: ProbePlan, *, command: str | None = None, quiet: bool = False
         **provenance(),
     }
     todo = [t for t in plan.tasks if t.name not in plan.done]
+    if plan.measuring:
+        for suffix in (".parquet", ".csv"):
+            (plan.out / f"measures{suffix}").unlink(missing_ok=True)
     if todo:  # what an earlier run left must not be taken for this one's; its finished tasks stay in parts/
         for name in ("scores", "summaries"):
             for suffix in (".parquet", ".csv"):
@@ -150,8 +155,13 @@ def run_plan(plan: ProbePlan, *, command: str | None = None, quiet: bool = False
             (plan.out / name).unlink(missing_ok=True)
     io.write_json(plan.out / "run.json", run)
     try:
+        stores: Stores = {}
+        if todo or plan.measuring:
+            stores = _extract(plan, todo, notes, seconds, quiet=quiet)
         if todo:
-            _extract_and_fit(plan, todo, status, notes, seconds, quiet=quiet)
+            _fit(plan, todo, stores, status, seconds, quiet=quiet)
+        if plan.measuring:
+            _measure(plan, stores, status, seconds, quiet=quiet)
     except KeyboardInterrupt:
         run["status"] = "interrupted"
         for task in todo:  # the interruption may come right after a task was saved
@@ -162,7 +172,7 @@ def run_plan(plan: ProbePlan, *, command: str | None = None, quiet: bool = False
         run["status"] = "failed"
         raise
     else:
-        failed = [n for n, s in status.items() if s["status"] == "failed"]
+        failed = [n for n, s in status.items() if s["status"] == "failed" or s.get("failed_measures")]
         run["status"] = "partial" if failed else "complete"
     finally:
         with timed(seconds, "write tables"):
@@ -171,6 +181,8 @@ def run_plan(plan: ProbePlan, *, command: str | None = None, quiet: bool = False
         if results is not None:
             io.write_table(plan.out / "scores", results.scores)
             io.write_table(plan.out / "summaries", results.summaries)
+            if results.measures is not None:
+                io.write_table(plan.out / "measures", results.measures)
         io.write_json(plan.out / "run.json", run)
     if results is None:
         reasons = "; ".join(f"{n}: {s['error']}" for n, s in status.items() if s["status"] == "failed")
@@ -187,23 +199,42 @@ def extract_shard(plan: ProbePlan, shard: tuple[int, int], *, quiet: bool = Fals
             pass
 
 
-def _extract_and_fit(
-    plan: ProbePlan,
-    todo: Sequence[Task],
-    status: dict[str, dict[str, Any]],
-    notes: list[str],
-    seconds: dict[str, float],
-    *,
-    quiet: bool,
-) -> None:
-    stores: dict[tuple[int | None, str], ActivationStore] = {}
-    tokens = plan.encoders * sum(plan.extractions[c].tokens for c in {t.corpus.name for t in todo})
-    with Progress(f"Encoding with {plan.encoders} encoder(s)", tokens, quiet=quiet) as progress:
+#: States by seed (None: the model itself) and corpus.
+Stores = dict[tuple[int | None, str], "ActivationStore"]
+
+
+def _extract(
+    plan: ProbePlan, todo: Sequence[Task], notes: list[str], seconds: dict[str, float], *, quiet: bool
+) -> Stores:  # fmt: skip
+    """States of the model for what is probed or measured, and of random encoders for what is probed."""
+    stores: Stores = {}
+    corpora = _corpora(plan, todo)
+    tokens = sum(plan.extractions[c].tokens for c in corpora)
+    tokens += (plan.encoders - 1) * sum(plan.extractions[c].tokens for c in {t.corpus.name for t in todo})
+    encoders = plan.encoders if todo else 1
+    with Progress(f"Encoding with {encoders} encoder(s)", tokens, quiet=quiet) as progress:
         for seed, corpus, store, spent in _encoders(plan, todo, shard=None, progress=progress.advance):
             stores[seed, corpus] = store
             name = "encode" if seed is None else "encode (random encoders)"
             seconds[name] = seconds.get(name, 0.0) + spent
             notes += [n for n in store.notes if n not in notes]
+    return stores
+
+
+def _corpora(plan: ProbePlan, todo: Sequence[Task]) -> set[str]:
+    measured = {name for name, _ in plan.measuring}
+    return {t.corpus.name for t in plan.tasks if t in todo or t.name in measured}
+
+
+def _fit(
+    plan: ProbePlan,
+    todo: Sequence[Task],
+    stores: Stores,
+    status: dict[str, dict[str, Any]],
+    seconds: dict[str, float],
+    *,
+    quiet: bool,
+) -> None:
     per_task = len(plan.hidden) * len(plan.config.seeds) * min(plan.encoders, 2)
     per_task *= len(plan.config.pooling) * len(plan.config.sites) * len(plan.config.probe)
     with Progress("Probing", len(todo) * per_task, quiet=quiet) as progress:
@@ -212,7 +243,7 @@ def _extract_and_fit(
             begun = time.time()
             try:
                 notes_of_task = _probe_one(plan, task, stores, progress.advance, seconds)
-            except (SpafitError, ValueError, ArithmeticError, LookupError, RuntimeError, OSError) as error:
+            except _CAUGHT as error:
                 if isinstance(error, OutputError):
                     raise
                 # One broken task must not cost the others; the traceback is kept for whoever mends it.
@@ -226,6 +257,64 @@ def _extract_and_fit(
                 status[task.name]["notes"] += notes_of_task
 
 
+#: What one task or measure may raise without costing the others.
+_CAUGHT = (SpafitError, ValueError, ArithmeticError, LookupError, RuntimeError, OSError)
+
+
+def _measure(
+    plan: ProbePlan, stores: Stores, status: dict[str, dict[str, Any]], seconds: dict[str, float], *, quiet: bool
+) -> None:
+    """Take the measures that are asked for and not there; one that fails is a note of its task."""
+    named = {t.name: t for t in plan.tasks}
+    todo = [(named[name], measure) for name, measure in plan.measuring if status[name]["status"] == "done"]
+    with Progress("Measuring", len(todo), quiet=quiet) as progress, timed(seconds, "measures"):
+        for task, measure in todo:
+            progress.advance(0, description=f"{measure} of {task.name}")
+            try:
+                _measure_one(plan, task, measure, stores[None, task.corpus.name])
+            except _CAUGHT as error:
+                if isinstance(error, OutputError):
+                    raise
+                status[task.name].setdefault("failed_measures", {})[measure] = str(error) or type(error).__name__
+            progress.advance(1)
+
+
+def _measure_one(plan: ProbePlan, task: Task, measure: str, store: ActivationStore) -> None:
+    from probing.measures import measure_task, unsuited
+
+    rows, usable = rows_of_items(plan, task, store)
+    scores, _, _ = read_part(plan.out, task.name)
+    fitted = scores[(scores["control"] == "none") & (scores["probe"] == "linear") & scores["seed"].notna()]
+    found, notes = [], []
+    for site in plan.config.sites:
+        hidden = [h for h in plan.hidden if h in store.hidden_of(site)]
+        if reason := unsuited(measure, task, hidden):
+            notes.append(reason)
+            continue
+        for pooling in plan.config.pooling:
+            own = fitted[(fitted["site"] == site) & (fitted["pooling"] == pooling)]
+            penalties = {(int(s), int(h)): float(v) for s, h, v in own[["seed", "hidden", "l2"]].to_numpy()}
+            found.append(
+                measure_task(
+                    measure, task, plan.settings, hidden=hidden, usable=usable, penalties=penalties,
+                    states=lambda h, positions, site=site, pooling=pooling: item_states(  # type: ignore[misc]
+                        task, store, rows[positions], pooling=pooling, hidden=h, site=site
+                    ),
+                    where={"stack": plan.stack.name, "site": site, "pooling": pooling},
+                    device="cpu" if plan.device.startswith("mps") else plan.device,
+                )
+            )  # fmt: skip
+    tables = [[getattr(m, name) for m in found if len(getattr(m, name))] for name in ("scores", "summaries", "items")]
+    score_rows, summaries, items = (
+        pd.concat(t, ignore_index=True) if t else pd.DataFrame({"task": []}) for t in tables
+    )
+    write_part(
+        plan.out, measure_part(task.name, measure), key=plan.measure_key(task, measure), labels=task.labels,
+        scores=score_rows, summaries=summaries, items=items if len(items) else None, weights=None,
+        notes=list(dict.fromkeys(notes)),
+    )  # fmt: skip
+
+
 def _encoders(
     plan: ProbePlan, todo: Sequence[Task], *, shard: tuple[int, int] | None, progress: Callable[[float], None]
 ) -> Iterator[tuple[int | None, str, ActivationStore, float]]:
@@ -233,10 +322,11 @@ def _encoders(
     from probing.extraction import extract
     from spafit.models import randomize_weights
 
-    corpora = sorted({t.corpus.name for t in todo})
-    seeds: list[int | None] = [None, *(plan.config.seeds if plan.encoders > 1 else ())]
+    needed = {t.corpus.name for t in todo}
+    seeds: list[int | None] = [None, *(plan.config.seeds if plan.encoders > 1 and todo else ())]
     for seed in seeds:
         begun = time.time()
+        corpora = sorted(_corpora(plan, todo) if seed is None else needed)
         encoder = plan.loaded if seed is None else randomize_weights(plan.loaded, seed)
         for corpus in corpora:
             store = extract(
@@ -325,18 +415,26 @@ def _probe_one(
 
 def _collect(plan: ProbePlan, run: dict[str, Any], status: dict[str, dict[str, Any]]) -> ProbeResults | None:
     """The tables of all finished tasks, in the order of the run; None if there is none."""
-    parts, summaries = [], []
+    parts, summaries, measures = [], [], []
     for task in plan.tasks:
         if status[task.name]["status"] != "done":
             continue
         part, summary, notes = read_part(plan.out, task.name)
         parts.append(part)
         summaries.append(summary)
+        for measure in MEASURES:
+            name = measure_part(task.name, measure)
+            if is_finished(plan.out, name, plan.measure_key(task, measure)):
+                rows, more, why = read_part(plan.out, name)
+                measures += [rows] if len(rows) else []
+                summaries += [more] if len(more) else []
+                notes += why
         status[task.name]["notes"] = [*task.notes, *notes]
     if not parts:
         return None
     scores = pd.concat(parts, ignore_index=True)[list(SCORE_COLUMNS)]
-    return ProbeResults(run, scores, pd.concat(summaries, ignore_index=True), plan.out)
+    found = pd.concat(measures, ignore_index=True)[list(SCORE_COLUMNS)] if measures else None
+    return ProbeResults(run, scores, pd.concat(summaries, ignore_index=True), plan.out, measures=found)
 
 
 def _reference(model: Any) -> str:
