@@ -83,7 +83,7 @@ def _cells(measure: str, own: pd.DataFrame, mix: pd.DataFrame) -> dict[str, str]
 
 def _largest(rows: pd.DataFrame, control: str) -> dict[str, Any] | None:
     own = rows[rows["control"] == control]
-    return None if own.empty else dict(own.loc[own["value"].idxmax()])
+    return None if own.empty else dict(own.iloc[int(own["value"].to_numpy().argmax())])
 
 
 def _statistic(rows: pd.DataFrame, metric: str, name: str) -> str:
