@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -25,19 +25,20 @@ def _number(value: float, *, factor: float = 100.0, digits: int = 1, sign: bool 
     return f"{rounded:{'+' if sign else ''}.{digits}f}"
 
 
-def _scale(comparison: Comparison) -> dict[str, Any]:
-    """How scores are shown: accuracy in points, bits as they are."""
-    return {} if comparison.metric == "accuracy" else {"factor": 1.0, "digits": 3}
+def _numbers(comparison: Comparison, *, sign: bool = True) -> Callable[[float], str]:
+    """How scores and their differences are shown: accuracy in points, bits as they are."""
+    factor, digits = (100.0, 1) if comparison.metric == "accuracy" else (1.0, 3)
+    return lambda value: _number(value, factor=factor, digits=digits, sign=sign)
 
 
 def summary_rows(comparison: Comparison) -> Rows:
     """Per model and task, at the hidden state where the task could be read best before training."""
-    number = partial(_number, **_scale(comparison))
+    number, plain = _numbers(comparison), _numbers(comparison, sign=False)
     return [
         {
             "model": r["model"], "task": r["task"], "level": r["level"], "at": str(r["hidden"]),
-            "before": number(r["pre"], sign=False),
-            "after": number(r["recoverable"], sign=False), "lost": number(r["lost"]),
+            "before": plain(r["pre"]),
+            "after": plain(r["recoverable"]), "lost": number(r["lost"]),
             "95 %": f"{number(r['ci_low'])} to {number(r['ci_high'])}", "p": f"{r['p_layers']:.3f}",
             "moved": number(r["moved"]), "re-encoded": number(r["re_encoded"]),
             "largest loss": f"{number(r['worst'])} at {r['worst_hidden']}",
@@ -87,11 +88,12 @@ def beside_rows(comparison: Comparison) -> Rows:
     rows = comparison.to_pandas()
     rows = rows[rows["term"].isin(["pre", "lost", "moved", "re-encoded"])]
     mean = rows.groupby(["model", "hidden", "term"], sort=False)["value"].mean().unstack("term")
+    number, plain = _numbers(comparison), _numbers(comparison, sign=False)
     found = []
     for r in mean.reset_index().to_dict("records"):
         model, hidden = r["model"], r["hidden"]
         row = {"model": str(model), "hidden": str(hidden)}
-        row |= {t: _number(r[t], sign=t != "pre", **_scale(comparison)) for t in ("pre", "lost", "moved", "re-encoded")}
+        row |= {"pre": plain(r["pre"])} | {t: number(r[t]) for t in ("lost", "moved", "re-encoded")}
         if comparison.drift is not None:
             own = comparison.drift[(comparison.drift["model"] == model) & (comparison.drift["hidden"] == hidden)]
             for measure, label in (
@@ -217,7 +219,7 @@ def sequence_rows(comparison: Comparison) -> Rows:
     if comparison.sequence is None:
         return []
     matrix, trained = forgetting_matrix(comparison.sequence), comparison.run["sequence"]["trained"]
-    number = partial(_number, sign=False, **_scale(comparison))
+    number = _numbers(comparison, sign=False)
     return [
         {"stage": str(stage)}
         | {str(t): number(v) + "*" * (trained.get(stage) == t) for t, v in matrix.loc[stage].items()}
