@@ -37,7 +37,16 @@ _CONTROLS = {
     "difference:random-encoder": "model − random",
     "word-type": "control task",
     "difference:word-type": "selectivity",
-}
+    **{
+        key: words
+        for control, name in (
+            ("permuted-weights", "permuted weights"), ("permuted-order", "permuted word order"),
+            ("bag-of-words", "bag of words"), ("tf-idf", "TF-IDF"), ("length", "length"),
+            ("majority-per-word", "majority per word"),
+        )
+        for key, words in ((control, name), (f"difference:{control}", f"model − {name}"))
+    },
+}  # fmt: skip
 _METRICS = {
     "r2": "R²",
     "micro_f1": "F1 over all labels",

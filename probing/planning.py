@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from probing.baselines import check_columns
 from probing.config import ProbeConfig
+from probing.controls import ENCODERS
 from probing.earlier import check_same_run, find_run
 from probing.fitting import ProbeSettings, training_rows
 from probing.parts import is_finished, measure_part
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 
 #: Raised by one whenever the same inputs would give other numbers, so that older finished tasks are computed again.
-NUMBERS_VERSION = 4
+NUMBERS_VERSION = 5
 
 #: Names that the stack finder gives; anything else in ``--stack`` is the dotted path of the list of blocks.
 STACK_NAMES = ("encoder", "decoder", "text", "vision")
@@ -119,9 +121,14 @@ class ProbePlan:
         return io.content_digest((self.task_key(task), measure))
 
     @property
+    def encoder_controls(self) -> tuple[str, ...]:
+        """The controls that are encoders of their own, one per seed."""
+        return tuple(c for c in self.config.controls if c in ENCODERS)
+
+    @property
     def encoders(self) -> int:
-        """Number of encoders run over the texts: the model, and a random-weight one per seed if asked for."""
-        return 1 + len(self.config.seeds) * ("random-encoder" in self.config.controls)
+        """Number of encoders run over the texts: the model, and one per seed for each control that is an encoder."""
+        return 1 + len(self.config.seeds) * len(self.encoder_controls)
 
     @property
     def texts(self) -> int:
@@ -177,7 +184,7 @@ class ProbePlan:
             for t in todo
             for p in self.settings.probe
         )
-        fits = len(self.hidden) * len(self.config.seeds) * (1 + (self.encoders > 1))
+        fits = len(self.hidden) * len(self.config.seeds) * (1 + len(self.encoder_controls))
         return self.encoders * tokens * per_token * 1.15 + fits * products / 2e10 + measures + 5.0
 
     def _estimate_measures(self) -> float:
@@ -228,6 +235,7 @@ def plan_probing(
                 family.check(task, width)
 
     check_families(width=None)
+    check_columns(config.controls, tasks)
     if (earlier := find_run(config)) is not None:
         check_same_run(earlier, config, tasks)
     device = pick_device(config.device)

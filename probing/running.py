@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from probing.baselines import BaselineOutputs, baseline_outputs, is_baseline, unsuited
 from probing.config import MEASURES, Overwrite, ProbeConfig, seed_numbers
 from probing.earlier import clear_run
-from probing.fitting import States, TaskFit, fit_task
+from probing.fitting import States, TaskFit, fit_task, split_rows
 from probing.item_states import item_states, rows_of_items, texts_of_items
 from probing.parts import is_finished, measure_part, read_part, write_part
 from probing.planning import ProbePlan, extraction_options, plan_probing, timed
 from probing.probes.families import parse_probe
 from probing.results import ProbeResults, summary_table
 from probing.scoring import SCORE_COLUMNS, item_table, score_table
+from probing.targets import label_values
 from probing.tasks.base import Task
 from spafit import io
 from spafit.errors import OutputError, SpafitError, TaskError
@@ -199,23 +201,23 @@ def extract_shard(plan: ProbePlan, shard: tuple[int, int], *, quiet: bool = Fals
             pass
 
 
-#: States by seed (None: the model itself) and corpus.
-Stores = dict[tuple[int | None, str], "ActivationStore"]
+#: States by encoder (``none``: the model itself; else the control that it is), seed and corpus.
+Stores = dict[tuple[str, int | None, str], "ActivationStore"]
 
 
 def _extract(
     plan: ProbePlan, todo: Sequence[Task], notes: list[str], seconds: dict[str, float], *, quiet: bool
 ) -> Stores:  # fmt: skip
-    """States of the model for what is probed or measured, and of random encoders for what is probed."""
+    """States of the model for what is probed or measured, and of controls' encoders for what is probed."""
     stores: Stores = {}
     corpora = _corpora(plan, todo)
     tokens = sum(plan.extractions[c].tokens for c in corpora)
     tokens += (plan.encoders - 1) * sum(plan.extractions[c].tokens for c in {t.corpus.name for t in todo})
     encoders = plan.encoders if todo else 1
     with Progress(f"Encoding with {encoders} encoder(s)", tokens, quiet=quiet) as progress:
-        for seed, corpus, store, spent in _encoders(plan, todo, shard=None, progress=progress.advance):
-            stores[seed, corpus] = store
-            name = "encode" if seed is None else "encode (random encoders)"
+        for control, seed, corpus, store, spent in _encoders(plan, todo, shard=None, progress=progress.advance):
+            stores[control, seed, corpus] = store
+            name = "encode" if seed is None else f"encode ({control.replace('-', ' ')})"
             seconds[name] = seconds.get(name, 0.0) + spent
             notes += [n for n in store.notes if n not in notes]
     return stores
@@ -235,7 +237,7 @@ def _fit(
     *,
     quiet: bool,
 ) -> None:
-    per_task = len(plan.hidden) * len(plan.config.seeds) * min(plan.encoders, 2)
+    per_task = len(plan.hidden) * len(plan.config.seeds) * (1 + len(plan.encoder_controls))
     per_task *= len(plan.config.pooling) * len(plan.config.sites) * len(plan.config.probe)
     with Progress("Probing", len(todo) * per_task, quiet=quiet) as progress:
         for task in todo:
@@ -271,7 +273,7 @@ def _measure(
         for task, measure in todo:
             progress.advance(0, description=f"{measure} of {task.name}")
             try:
-                _measure_one(plan, task, measure, stores[None, task.corpus.name])
+                _measure_one(plan, task, measure, stores["none", None, task.corpus.name])
             except _CAUGHT as error:
                 if isinstance(error, OutputError):
                     raise
@@ -280,7 +282,7 @@ def _measure(
 
 
 def _measure_one(plan: ProbePlan, task: Task, measure: str, store: ActivationStore) -> None:
-    from probing.measures import measure_task, unsuited
+    from probing import measures
 
     rows, usable = rows_of_items(plan, task, store)
     scores, _, _ = read_part(plan.out, task.name)
@@ -288,14 +290,14 @@ def _measure_one(plan: ProbePlan, task: Task, measure: str, store: ActivationSto
     found, notes = [], []
     for site in plan.config.sites:
         hidden = [h for h in plan.hidden if h in store.hidden_of(site)]
-        if reason := unsuited(measure, task, hidden):
+        if reason := measures.unsuited(measure, task, hidden):
             notes.append(reason)
             continue
         for pooling in plan.config.pooling:
             own = fitted[(fitted["site"] == site) & (fitted["pooling"] == pooling)]
             penalties = {(int(s), int(h)): float(v) for s, h, v in own[["seed", "hidden", "l2"]].to_numpy()}
             found.append(
-                measure_task(
+                measures.measure_task(
                     measure, task, plan.settings, hidden=hidden, usable=usable, penalties=penalties,
                     states=lambda h, positions, site=site, pooling=pooling: item_states(  # type: ignore[misc]
                         task, store, rows[positions], pooling=pooling, hidden=h, site=site
@@ -317,43 +319,51 @@ def _measure_one(plan: ProbePlan, task: Task, measure: str, store: ActivationSto
 
 def _encoders(
     plan: ProbePlan, todo: Sequence[Task], *, shard: tuple[int, int] | None, progress: Callable[[float], None]
-) -> Iterator[tuple[int | None, str, ActivationStore, float]]:
-    """Extract every corpus with the model (seed None) and with each seed's random-weight encoder."""
+) -> Iterator[tuple[str, int | None, str, ActivationStore, float]]:
+    """Extract every corpus with the model (``none``) and with each seed's encoder of each control that is one."""
     from probing.extraction import extract
+    from probing.permuted import permuted_texts
     from spafit.models import randomize_weights
 
-    needed = {t.corpus.name for t in todo}
-    seeds: list[int | None] = [None, *(plan.config.seeds if plan.encoders > 1 and todo else ())]
-    for seed in seeds:
+    runs: list[tuple[str, int | None]] = [("none", None)]
+    if todo:
+        runs += [(control, seed) for control in plan.encoder_controls for seed in plan.config.seeds]
+    for control, seed in runs:
         begun = time.time()
-        corpora = sorted(_corpora(plan, todo) if seed is None else needed)
-        encoder = plan.loaded if seed is None else randomize_weights(plan.loaded, seed)
-        for corpus in corpora:
+        encoder = plan.loaded
+        if control == "random-encoder" and seed is not None:
+            encoder = randomize_weights(plan.loaded, seed)
+        elif control == "permuted-weights" and seed is not None:
+            encoder = randomize_weights(plan.loaded, seed, how="permute")
+        for corpus in sorted(_corpora(plan, todo) if seed is None else {t.corpus.name for t in todo}):
+            texts = plan.needed[corpus].texts
             store = extract(
                 encoder,
-                plan.needed[corpus].texts,
+                permuted_texts(texts, seed) if control == "permuted-order" and seed is not None else texts,
                 **extraction_options(plan.config, plan.tasks, corpus),
                 device=plan.device,
                 cache_dir=None if plan.config.cache_dir is None else Path(plan.config.cache_dir),
                 shard=shard,
                 progress=progress,
             )
-            yield seed, corpus, store, time.time() - begun
+            yield control, seed, corpus, store, time.time() - begun
             begun = time.time()
 
 
 def _probe_one(
     plan: ProbePlan,
     task: Task,
-    stores: Mapping[tuple[int | None, str], ActivationStore],
+    stores: Stores,
     progress: Callable[[float], None],
     seconds: dict[str, float],
 ) -> list[str]:
     """Fit, score and save one task; returns notes on what was left out."""
-    own = stores[None, task.corpus.name]
+    own = stores["none", None, task.corpus.name]
     texts = texts_of_items(plan, task)
     encoded = (texts >= 0).all(1)  # the others are training items that no seed drew
     rows, usable = rows_of_items(plan, task, own)
+    for seed in plan.config.seeds if "permuted-order" in plan.encoder_controls else ():
+        usable &= rows_of_items(plan, task, stores["permuted-order", seed, task.corpus.name])[1]  # words move out, too
     notes = []
     if (usable < encoded).any():
         what = "word" if task.unit == "word" else "item"
@@ -363,6 +373,9 @@ def _probe_one(
     elif own.truncated[texts[encoded]].any():
         notes.append(f"{int(own.truncated[np.unique(texts[encoded])].sum())} text(s) were cut at the model's window")
     scores, items, weights = [], [], {}
+    with timed(seconds, "baselines"):
+        baselines, left_out = _baselines(plan, task, usable)
+        notes += left_out
     for site in plan.config.sites:
         for pooling in plan.config.pooling:
 
@@ -379,11 +392,11 @@ def _probe_one(
                         plan.settings,
                         hidden=present,
                         states=reader(own),
-                        random_states={
-                            s: reader(stores[s, task.corpus.name])
-                            for s in plan.config.seeds
-                            if (s, task.corpus.name) in stores
+                        encoders={
+                            control: {s: reader(stores[control, s, task.corpus.name]) for s in plan.config.seeds}
+                            for control in plan.encoder_controls
                         },
+                        baselines=baselines,
                         family=parse_probe(probe),
                         usable=usable,
                         device="cpu" if plan.device.startswith("mps") else plan.device,
@@ -411,6 +424,20 @@ def _probe_one(
             notes=notes,
         )
     return notes
+
+
+def _baselines(
+    plan: ProbePlan, task: Task, usable: np.ndarray
+) -> tuple[dict[str, dict[int, BaselineOutputs]], list[str]]:
+    """Outputs of every baseline asked for, by seed (one where all draw the same items); notes on those left out."""
+    wanted = [c for c in plan.config.controls if is_baseline(c)]
+    if not wanted:
+        return {}, []
+    rows = split_rows(task, plan.settings, label_values(task), usable)
+    seeds = plan.config.seeds[:1] if rows.same_draw else plan.config.seeds
+    reasons = {c: unsuited(c, task) for c in wanted}
+    found = {c: {s: baseline_outputs(c, task, rows, s) for s in seeds} for c in wanted if not reasons[c]}
+    return found, [r for r in reasons.values() if r]
 
 
 def _collect(plan: ProbePlan, run: dict[str, Any], status: dict[str, dict[str, Any]]) -> ProbeResults | None:

@@ -96,7 +96,13 @@ def probe(
         ),
     ] = None,
     controls: Annotated[
-        str | None, _option(_PROBE, "--controls", help="word-type, random-encoder, or none. Default: both.")
+        str | None,
+        _option(
+            _PROBE,
+            "--controls",
+            help="word-type, random-encoder, permuted-weights, permuted-order, bag-of-words, tf-idf, length, "
+            "majority-per-word, column:NAME, or none; several by commas. Default: word-type,random-encoder.",
+        ),
     ] = None,
     measures: Annotated[
         str | None,
