@@ -54,6 +54,18 @@ _ALL = (
         booktitle="Proceedings of ACL", pages="4593--4601",
     ),
     _reference(
+        "voita2020information", "Voita", 2020, "inproceedings",
+        author="Voita, Elena and Titov, Ivan",
+        title="Information-Theoretic Probing with Minimum Description Length",
+        booktitle="Proceedings of EMNLP", pages="183--196",
+    ),
+    _reference(
+        "hewitt2021conditional", "Hewitt", 2021, "inproceedings",
+        author="Hewitt, John and Ethayarajh, Kawin and Liang, Percy and Manning, Christopher D.",
+        title="Conditional Probing: Measuring Usable Information Beyond a Baseline",
+        booktitle="Proceedings of EMNLP", pages="1626--1639",
+    ),
+    _reference(
         "niu2022does", "Niu", 2022, "inproceedings",
         author="Niu, Jingcheng and Lu, Wenjie and Penn, Gerald",
         title="Does {BERT} Rediscover a Classical {NLP} Pipeline?",
@@ -168,6 +180,10 @@ def used(run: Mapping[str, Any]) -> list[str]:
     keys = ["arora2024spafit", "tenney2019bert", "xu2020usable", "jonckheere1954distribution"]
     if "word-type" in controls:
         keys.insert(2, "hewitt2019control")
+    measures = (run.get("config") or {}).get("measures", [])
+    sources = {"online-code": "voita2020information", "variational-code": "voita2020information",
+               "conditional": "hewitt2021conditional"}  # fmt: skip
+    keys += [sources[m] for m in measures if m in sources]
     keys += ["niu2022does", "elazar2021amnesic", "hase2023does"]
     for name, facts in (run.get("tasks") or {}).items():
         text = " ".join([str(name), *(str(facts.get(k) or "") for k in ("source", "citation", "description"))])

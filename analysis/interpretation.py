@@ -78,7 +78,10 @@ def interpret(results: ProbeResults, *, rewrite: bool = False) -> Interpretation
     suggestion.config.save(folder / "strata.yaml")
     written = folder / "figures" / "written.json"
     sources = _sources(results, verdict)
-    tables = tuple(folder / name for name in ("strata.yaml", "verdict.json", "scores.csv", "summaries.csv", "run.json"))
+    measured = ("measures.csv",) if results.measures is not None else ()
+    tables = tuple(
+        folder / name for name in ("strata.yaml", "verdict.json", "scores.csv", "summaries.csv", *measured, "run.json")
+    )
     if not rewrite and written.exists() and io.read_json(written)["sources"] == sources:
         paths = tuple(folder / p for p in io.read_json(written)["paths"])
         if all(p.exists() for p in paths):
@@ -93,7 +96,8 @@ def _sources(results: ProbeResults, verdict: dict[str, Any]) -> str:
     """Digest of what the report shows, so that drawing it again can be left out when nothing changed."""
     folder = results.folder
     assert folder is not None
-    tables = [io.file_digest(folder / f"{name}.parquet") for name in ("scores", "summaries")]
+    names = ("scores", "summaries", *(["measures"] if results.measures is not None else []))
+    tables = [io.file_digest(folder / f"{name}.parquet") for name in names]
     tasks = {name: {k: v for k, v in facts.items() if k != "seconds"} for name, facts in results.run["tasks"].items()}
     return io.content_digest([__version__, *tables, verdict, tasks, results.run["model"], results.run["warnings"]])
 

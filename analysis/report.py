@@ -90,6 +90,13 @@ def _figures(results: ProbeResults, suggestion: StrataSuggestion | None) -> list
             layer_curves(scores, metric="primary", strata=shaded, stack=stack, site=site), place)  # fmt: skip
         heat = task_layer_heatmap(scores, metric="primary", stack=stack, site=site)
         add("heatmap", f"{word} by task and hidden state", heat, place)
+    if results.measures is not None:
+        from probing.measure_displays import TITLES, measure_figure
+
+        for measure, title in TITLES.items():
+            if (results.measures["probe"] == measure).any():
+                figure = measure_figure(measure, results.measures, results.summaries)
+                figures.append({"file": measure, "kind": "measure", "title": title, "figure": figure})
     return figures
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from probing.measure_displays import measure_rows
 from probing.metrics import shown_metric
 from probing.tables import (
     MISSING,
@@ -36,7 +37,16 @@ _CONTROLS = {
     "difference:random-encoder": "model − random",
     "word-type": "control task",
     "difference:word-type": "selectivity",
-}
+    **{
+        key: words
+        for control, name in (
+            ("permuted-weights", "permuted weights"), ("permuted-order", "permuted word order"),
+            ("bag-of-words", "bag of words"), ("tf-idf", "TF-IDF"), ("length", "length"),
+            ("majority-per-word", "majority per word"),
+        )
+        for key, words in ((control, name), (f"difference:{control}", f"model − {name}"))
+    },
+}  # fmt: skip
 _METRICS = {
     "r2": "R²",
     "micro_f1": "F1 over all labels",
@@ -72,6 +82,7 @@ def report_content(
             for name, facts in run.get("tasks", {}).items()
             if facts.get("status") == "failed"
         ],
+        "measures": [] if results.measures is None else measure_rows(results.measures, results.summaries),
         "verdict": None if verdict is None else _verdict(verdict),
         "strata": None if suggestion is None else _strata(suggestion),
         "notes": [str(n) for n in run.get("warnings", [])],

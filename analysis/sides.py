@@ -77,7 +77,9 @@ def _from_run(folder: Path, name: str) -> Side:
     """A finished probing run, with its model where that can be loaded with the same weights."""
     results = ProbeResults.load(folder)
     content = {k: v for k, v in results.run["config"].items() if v is not None}
-    config = replace(ProbeConfig.from_dict(content, where=str(folder)), out=str(folder), overwrite="missing")
+    config = replace(
+        ProbeConfig.from_dict(content, where=str(folder)), out=str(folder), overwrite="missing", measures=()
+    )
     try:
         plan = plan_probing(config)
     except SpafitError as error:
@@ -136,7 +138,7 @@ def later_side(reference: Any, name: str, first: Side, folder: Path, seconds: di
         base, model=named_reference(reference), revision=None,
         controls=tuple(c for c in base.controls if c == "word-type"),
         layers="all" if not fit["comparable"] else f"{unchanged}-{first.plan.stack.num_blocks}",
-        tasks=tuple(t.name for t in first.plan.tasks), out=str(out),
+        tasks=tuple(t.name for t in first.plan.tasks), out=str(out), measures=(),
     )  # fmt: skip
     plan = plan_probing(config, model=loaded, given=first.plan.tasks, only_given=True)
     return Side(name, plan, None, out, unchanged=unchanged if fit["comparable"] else 0, why="", **fit)

@@ -118,7 +118,9 @@ def probe_arrays(
             settings,
             hidden=range(len(states)),
             states=_reader(states),
-            random_states={seed: _reader(np.asarray(x)) for seed, x in (random_states or {}).items()},
+            encoders={"random-encoder": {seed: _reader(np.asarray(x)) for seed, x in random_states.items()}}
+            if random_states
+            else {},
             family=family,
         )
         where = {"stack": "arrays", "site": "block", "pooling": "given", "probe": family.name}

@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from probing.controls import CONTROLS
+from probing.controls import ALL_CONTROLS, CONTROLS
 from probing.probes.families import parse_probes
 from spafit.errors import UsageError, did_you_mean
 from spafit.runtime import DTYPES
 
+#: What :mod:`probing.measures` can measure beside accuracy and bits.
+MEASURES = ("online-code", "variational-code", "conditional", "mix")
 POOLINGS = ("mean", "first", "last", "max")
 SITES = ("block", "attention", "feed_forward", "heads", "final_norm")
 Overwrite = Literal["missing", "always", "never"]
@@ -35,7 +37,9 @@ class ProbeConfig:
             ``first`` ([CLS] where there is one) or ``last``.
         probe: probe families, such as ``linear`` and ``mlp:64`` (:mod:`probing.probes.families`). Verdict and strata
             speak of the first.
-        controls: ``word-type`` control task, ``random-encoder``.
+        controls: ``word-type`` control task, ``random-encoder`` and others of :data:`probing.controls.ALL_CONTROLS`,
+            or ``column:NAME``, a number that the items bring along.
+        measures: further measures of each task with classes, of :data:`probing.measures.MEASURES`.
         max_train: training items per seed; None takes 80 % of them, at most 20,000.
         seeds: each redraws training items, control labels and random encoder.
         l2: penalties tried; None is the family's own grid.
@@ -61,6 +65,7 @@ class ProbeConfig:
     pooling: tuple[str, ...] = ("mean",)
     probe: tuple[str, ...] = ("linear",)
     controls: tuple[str, ...] = CONTROLS
+    measures: tuple[str, ...] = ()
     max_train: int | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     l2: tuple[float, ...] | None = None
@@ -77,7 +82,8 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "probe", tuple(f.name for text in self.probe for f in parse_probes(text)))
-        _one_of("controls", self.controls, CONTROLS)
+        _one_of("controls", [c for c in self.controls if not is_column(c)], (*ALL_CONTROLS, "column:NAME"))
+        _one_of("measures", self.measures, MEASURES)
         _one_of("sites", self.sites, SITES)
         _one_of("pooling", self.pooling, POOLINGS)
         _one_of("dtype", (self.dtype,), DTYPES)
@@ -86,9 +92,9 @@ class ProbeConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"--{name.replace('_', '-')} {value} is too small; use at least {least}.")
-        for name in ("tasks", "seeds", "sites", "pooling", "probe"):
+        for name in ("tasks", "seeds", "sites", "pooling", "probe", "measures", "controls"):
             values = getattr(self, name)
-            if not values:
+            if not values and name not in ("measures", "controls"):
                 raise UsageError(f"--{name} is empty; give at least one.")
             if len(set(values)) < len(values):
                 raise UsageError(f"--{name} {', '.join(map(str, values))} names one twice; name each once.")
@@ -112,6 +118,11 @@ class ProbeConfig:
             UsageError: an unknown key or a value of the wrong kind; ``where`` names the file.
         """
         return cls(**checked_options(content, where=where))
+
+
+def is_column(control: str) -> bool:
+    """Whether a control is ``column:NAME``."""
+    return control.startswith("column:") and len(control) > len("column:")
 
 
 def check_penalties(l2: Sequence[float]) -> None:

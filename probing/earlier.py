@@ -17,14 +17,17 @@ if TYPE_CHECKING:
     from spafit.models import LoadedModel
 
 #: Options that say where and how a run is carried out; any other one that differs would replace finished results.
-#: The tasks are compared one by one.
-_HOW = ("tasks", "device", "cache_dir", "offline", "allow_pickle", "out", "overwrite")
+#: The tasks are compared one by one, and measures are added.
+_HOW = ("tasks", "measures", "device", "cache_dir", "offline", "allow_pickle", "out", "overwrite")
 
 #: What a run writes beside its tasks' files.
 _OWN_FILES = (
-    *(f"{table}{suffix}" for table in ("scores", "summaries") for suffix in (".parquet", ".csv")),
+    *(f"{table}{suffix}" for table in ("scores", "summaries", "measures") for suffix in (".parquet", ".csv")),
     *("verdict.json", "strata.yaml", "report.html", "report.md", "figures/written.json", "run.json"),
-    *(f"figures/{figure}*.png" for figure in ("layers", "tasks", "heatmap")),
+    *(
+        f"figures/{figure}*.png"
+        for figure in ("layers", "tasks", "heatmap", "mix", "online-code", "variational-code", "conditional")
+    ),
 )
 
 

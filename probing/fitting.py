@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from probing.baselines import BaselineOutputs
 from probing.controls import control_labels
 from probing.probes.families import Family, Linear
 from probing.targets import Answers, LabelSets, label_values, varies
@@ -29,7 +30,7 @@ class ProbeSettings:
         max_train: training items per draw; None takes 80 % of them, at most 20,000.
         l2: penalties tried, on the scale of :mod:`probing.probes.linear`; the one with the lowest dev log loss is used.
             None takes the family's own grid.
-        controls: any of ``word-type`` and ``random-encoder``.
+        controls: of :data:`probing.controls.ALL_CONTROLS`, or ``column:NAME``.
         n_boot: bootstrap replicates behind each interval.
         probe: names of the probe families that are fitted, as :func:`probing.probes.families.parse_probe` reads them.
     """
@@ -73,7 +74,7 @@ class TaskFit:
     Attributes:
         hidden: hidden indices, ascending.
         test: positions in ``task.items`` of the scored items, all test splits together.
-        controls: keyed ``none``, ``word-type``, ``random-encoder``.
+        controls: keyed ``none``, ``word-type``, ``random-encoder`` and so on.
         n_train: training items per fit.
         weights: fitted probes by ``<control>/<seed>/<hidden>/<part>``; the parts are those of
             :class:`probing.probes.fitted.FittedProbe`.
@@ -108,7 +109,8 @@ def fit_task(
     *,
     hidden: Sequence[int],
     states: States,
-    random_states: Mapping[int, States],
+    encoders: Mapping[str, Mapping[int, States]],
+    baselines: Mapping[str, Mapping[int, BaselineOutputs]] | None = None,
     family: Family | None = None,
     usable: np.ndarray | None = None,
     device: str = "cpu",
@@ -121,7 +123,8 @@ def fit_task(
         settings: seeds, penalties and controls.
         hidden: hidden indices to probe.
         states: reads the model's states.
-        random_states: for each seed, reads the states of that seed's random-weight encoder (empty: no such control).
+        encoders: for each control that is an encoder of its own, and each seed, reads that encoder's states.
+        baselines: for each baseline and each seed that draws items of its own, its outputs for the test items.
         family: the probe family; linear by default.
         usable: items whose states exist, shape (items,); others (cut off by the model's window) are left out.
         device: torch device of the solver's products; one with float64.
@@ -133,7 +136,7 @@ def fit_task(
     """
     family = Linear() if family is None else family
     labels, usable = label_values(task), np.ones(len(task.items), dtype=bool) if usable is None else usable
-    rows = _rows(task, settings, labels, usable)
+    rows = split_rows(task, settings, labels, usable)
     family.check(task, states(hidden[0], rows.dev[:1]).shape[1])
 
     seeds = settings.seeds
@@ -144,8 +147,14 @@ def fit_task(
     record.add("none", seeds[:1] if rows.same_draw else seeds)
     if control:
         record.add("word-type", seeds)
-    if random_states:
-        record.add("random-encoder", seeds)
+    for name in encoders:
+        record.add(name, seeds)
+    for name, outputs in (baselines or {}).items():
+        record.add(name, tuple(outputs))
+        for seed, found in outputs.items():
+            scored = own.score_outputs(found.outputs, rows.test, deviation=found.deviation)
+            for k in range(len(hidden)):
+                record.put(name, seed, k, own, *scored, float("nan"), True)
 
     def fit(
         encoder: str, read: States, train: np.ndarray, sets: Sequence[tuple[str, int, Answers]], *, seed: int
@@ -183,14 +192,20 @@ def fit_task(
             together = seeds if rows.same_draw else (seed,)
             sets = [("none", seed, own), *(("word-type", s, control[s]) for s in together if s in control)]
             fit("none", states, train, sets, seed=seed)
-        if seed in random_states:
-            fit("random-encoder", random_states[seed], train, [("random-encoder", seed, own)], seed=seed)
+        for name, readers in encoders.items():
+            fit(name, readers[seed], train, [(name, seed, own)], seed=seed)
     return record.finish(int(np.mean([len(r) for r in rows.draws.values()])))
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Positions of the items that are used, by split; training items by seed."""
+class SplitRows:
+    """Positions in ``task.items`` of the items that are used, by split.
+
+    Attributes:
+        draws: training items by seed.
+        dev: dev items.
+        test: items of all test splits together.
+    """
 
     draws: Mapping[int, np.ndarray]
     dev: np.ndarray
@@ -203,10 +218,15 @@ class _Rows:
         return all(np.array_equal(rows, first) for rows in self.draws.values())
 
 
-def _rows(task: Task, settings: ProbeSettings, labels: np.ndarray, usable: np.ndarray) -> _Rows:
+def split_rows(task: Task, settings: ProbeSettings, labels: np.ndarray, usable: np.ndarray) -> SplitRows:
+    """Training items of each seed, dev and test items, without those that have no state.
+
+    Raises:
+        TaskError: this leaves no training, dev or test items, or a draw whose labels do not vary.
+    """
     split = task.items["split"].to_numpy()
     draws = {seed: rows[usable[rows]] for seed, rows in training_rows(task, settings).items()}
-    found = _Rows(
+    found = SplitRows(
         draws,
         np.flatnonzero((split == "dev") & usable),
         np.flatnonzero(~np.isin(split, ("train", "dev")) & usable),

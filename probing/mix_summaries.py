@@ -117,11 +117,14 @@ def summarize_cumulative(curve: LayerCurve, *, level: float = 0.95, seed: int = 
     plain = expected_layer(y, layers)
     last = curve.replicates[:, -1] - curve.replicates[:, 0]
     each = np.diff(curve.replicates, axis=1) @ layers[1:].astype(np.float64)
-    spread = interval(np.divide(each, last, out=np.full_like(each, np.nan), where=last != 0)[last != 0], level)
+    moved = last != 0
+    spread = interval(each[moved] / last[moved], level) if moved.any() else (math.nan, math.nan)
     errors = float(last.std(ddof=1))
     gain = float(y[-1] - y[0])
     note = ""
-    if gain < MIN_GAIN_SE * errors:
+    if not moved.any():
+        note = "the mix of all scores what hidden state 0 scores alone: there is no gain to place"
+    elif gain < MIN_GAIN_SE * errors:
         note = f"the sum of gains is {gain / errors:.1f} standard errors, below {MIN_GAIN_SE:g}: not to be trusted"
     top = int(np.argmax(y))
     low, high = interval(curve.replicates[:, top] - curve.replicates[:, 0], level)

@@ -23,6 +23,11 @@ def part_files(task: str) -> tuple[str, str, str, str]:
     )
 
 
+def measure_part(task: str, measure: str) -> str:
+    """Name of the part that holds one measure of a task (:mod:`probing.measures`); it has no probes."""
+    return f"{task}.{measure}"
+
+
 def write_part(
     out: Path,
     task: str,
@@ -31,22 +36,22 @@ def write_part(
     labels: Sequence[str],
     scores: pd.DataFrame,
     summaries: pd.DataFrame,
-    items: pd.DataFrame,
-    weights: Mapping[str, np.ndarray],
+    items: pd.DataFrame | None,
+    weights: Mapping[str, np.ndarray] | None,
     notes: Sequence[str],
 ) -> None:
     """Write items, probes and scores of one finished task, and last the file that says it is finished.
 
     Args:
         out: the run's folder.
-        task: the task's name.
+        task: the task's name, or that of a measure of it.
         key: digest of everything that the numbers depend on.
         labels: class names, kept with the probes.
         scores: rows as :func:`probing.scoring.score_table` gives them.
         summaries: rows as :func:`probing.results.summary_table` gives them.
-        items: rows as :func:`probing.scoring.item_table` gives them.
+        items: rows as :func:`probing.scoring.item_table` gives them; None where there are none.
         weights: fitted probes, ``<site>/<pooling>/<probe>/<control>/<seed>/<hidden>/<part>``, parts as in
-            :class:`probing.probes.fitted.FittedProbe`.
+            :class:`probing.probes.fitted.FittedProbe`; None where no probes are kept.
         notes: what was left out or cut.
     """
     from safetensors.numpy import save_file
@@ -54,13 +59,17 @@ def write_part(
     # One key only: safetensors writes several in random order, and equal results must give equal bytes.
     content = {"schema_version": io.SCHEMA_VERSION, "task": task, "labels": list(labels)}
     metadata = {"spafit": json.dumps(content, ensure_ascii=False)}
-    contiguous = {k: np.ascontiguousarray(v) for k, v in sorted(weights.items())}
     item_file, probe_file, score_file, summary_file = part_files(task)
-    io.write_table(out / item_file.removesuffix(".parquet"), items, csv=False)
-    io.atomic_write(out / probe_file, lambda p: save_file(contiguous, p, metadata=metadata))
+    if items is not None:
+        io.write_table(out / item_file.removesuffix(".parquet"), items, csv=False)
+    if weights is not None:
+        contiguous = {k: np.ascontiguousarray(v) for k, v in sorted(weights.items())}
+        io.atomic_write(out / probe_file, lambda p: save_file(contiguous, p, metadata=metadata))
     io.write_table(out / score_file.removesuffix(".parquet"), scores, csv=False)
     io.write_table(out / summary_file.removesuffix(".parquet"), summaries, csv=False)
-    files = {f: io.file_digest(out / f) for f in part_files(task)}
+    absent = {item_file: items is None, probe_file: weights is None}
+    kept = [f for f in part_files(task) if not absent.get(f)]
+    files = {f: io.file_digest(out / f) for f in kept}
     io.write_json(out / "parts" / f"{task}.json", {"key": key, "files": files, "notes": list(notes)})
 
 
@@ -69,7 +78,8 @@ def is_finished(out: Path, task: str, key: str) -> bool:
     part = _read(out, task)
     if part is None or part.get("key") != key:
         return False
-    return all((out / f).is_file() and io.file_digest(out / f) == part["files"].get(f) for f in part_files(task))
+    needed, files = set(part_files(task)[2:]), part["files"]
+    return needed <= set(files) and all((out / f).is_file() and io.file_digest(out / f) == d for f, d in files.items())
 
 
 def read_part(out: Path, task: str) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:

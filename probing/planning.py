@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from probing.baselines import check_columns
 from probing.config import ProbeConfig
+from probing.controls import ENCODERS
 from probing.earlier import check_same_run, find_run
 from probing.fitting import ProbeSettings, training_rows
-from probing.parts import is_finished
+from probing.parts import is_finished, measure_part
 from probing.probes.families import parse_probe
 from probing.tasks.base import ITEM_COLUMNS, SPAN_UNITS, Corpus, Task, Text
 from spafit import io
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 
 #: Raised by one whenever the same inputs would give other numbers, so that older finished tasks are computed again.
-NUMBERS_VERSION = 4
+NUMBERS_VERSION = 5
 
 #: Names that the stack finder gives; anything else in ``--stack`` is the dotted path of the list of blocks.
 STACK_NAMES = ("encoder", "decoder", "text", "vision")
@@ -69,6 +71,7 @@ class ProbePlan:
         failed: references or tasks that cannot be probed, with the sentence that says why.
         hidden: hidden indices that are probed.
         done: names of tasks whose results are already in the folder.
+        measuring: (task, measure) pairs that are asked for and not in the folder.
         extractions: batches, tokens and bytes of each corpus, by corpus name.
         needed: the texts of each corpus that are encoded.
         settings: what determines the probes' numbers.
@@ -87,6 +90,7 @@ class ProbePlan:
     needed: Mapping[str, NeededTexts]
     settings: ProbeSettings
     seconds: dict[str, float] = field(default_factory=dict)
+    measuring: tuple[tuple[str, str], ...] = ()
 
     @property
     def stack(self) -> Stack:
@@ -112,10 +116,19 @@ class ProbePlan:
             (NUMBERS_VERSION, io.SCHEMA_VERSION, task.digest, task.level, *model_parts, *settings, self.device)
         )
 
+    def measure_key(self, task: Task, measure: str) -> str:
+        """Digest of everything that the numbers of one measure of a task depend on."""
+        return io.content_digest((self.task_key(task), measure))
+
+    @property
+    def encoder_controls(self) -> tuple[str, ...]:
+        """The controls that are encoders of their own, one per seed."""
+        return tuple(c for c in self.config.controls if c in ENCODERS)
+
     @property
     def encoders(self) -> int:
-        """Number of encoders run over the texts: the model, and a random-weight one per seed if asked for."""
-        return 1 + len(self.config.seeds) * ("random-encoder" in self.config.controls)
+        """Number of encoders run over the texts: the model, and one per seed for each control that is an encoder."""
+        return 1 + len(self.config.seeds) * len(self.encoder_controls)
 
     @property
     def texts(self) -> int:
@@ -159,8 +172,9 @@ class ProbePlan:
         from probing.extraction import seconds_per_token
 
         todo = [t for t in self.tasks if t.name not in self.done]
+        measures = self._estimate_measures()
         if not todo:
-            return 0.0
+            return measures
         tokens = sum(self.extractions[c].tokens for c in {t.corpus.name for t in todo})
         per_token = seconds_per_token(self.loaded, stack=self.config.stack, device=self.device, dtype=self.config.dtype)
         products = sum(
@@ -170,8 +184,22 @@ class ProbePlan:
             for t in todo
             for p in self.settings.probe
         )
-        fits = len(self.hidden) * len(self.config.seeds) * (1 + (self.encoders > 1))
-        return self.encoders * tokens * per_token * 1.15 + fits * products / 2e10 + 5.0
+        fits = len(self.hidden) * len(self.config.seeds) * (1 + len(self.encoder_controls))
+        return self.encoders * tokens * per_token * 1.15 + fits * products / 2e10 + measures + 5.0
+
+    def _estimate_measures(self) -> float:
+        """Rough time of the measures still to take."""
+        from probing.measures import cost
+
+        named = {t.name: t for t in self.tasks}
+        products = sum(
+            cost(
+                measure, n=len(training_rows(named[name], self.settings)[self.config.seeds[0]]), width=self.stack.width,
+                classes=max(len(named[name].labels), 1), hidden=len(self.hidden),
+            )
+            for name, measure in self.measuring
+        )  # fmt: skip
+        return len(self.config.seeds) * products / 2e10
 
 
 def plan_probing(
@@ -207,6 +235,7 @@ def plan_probing(
                 family.check(task, width)
 
     check_families(width=None)
+    check_columns(config.controls, tasks)
     if (earlier := find_run(config)) is not None:
         check_same_run(earlier, config, tasks)
     device = pick_device(config.device)
@@ -249,7 +278,11 @@ def plan_probing(
     if config.overwrite != "always":
         done = {t.name for t in tasks if is_finished(out, t.name, plan.task_key(t))}
         plan = replace(plan, done=frozenset(done))
-    return plan
+    measuring = tuple(
+        (t.name, m) for t in tasks for m in config.measures
+        if config.overwrite == "always" or not is_finished(out, measure_part(t.name, m), plan.measure_key(t, m))
+    )  # fmt: skip
+    return replace(plan, measuring=measuring)
 
 
 def _read_tasks(

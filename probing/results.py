@@ -31,6 +31,9 @@ class ProbeResults:
         summaries: tidy layer summaries (task, level, stack, site, pooling, probe, control, metric, statistic, value,
             ci_low, ci_high, note).
         folder: where the files lie; None for results that were never written.
+        item_tables: items of results that were never written, by task.
+        measures: rows of the measures that were asked for (:mod:`probing.measures`), columns as ``scores``; ``probe``
+            names the measure. None without any.
     """
 
     run: dict[str, Any]
@@ -38,6 +41,7 @@ class ProbeResults:
     summaries: pd.DataFrame
     folder: Path | None = None
     item_tables: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)
+    measures: pd.DataFrame | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         """Folder, tasks and status; the tables are in the attributes."""
@@ -62,7 +66,10 @@ class ProbeResults:
                 f"{folder} was written with schema version {run['schema_version']}, this package reads up to "
                 f"{io.SCHEMA_VERSION}. Upgrade spafit."
             )
-        return cls(run, io.read_table(folder / "scores"), io.read_table(folder / "summaries"), folder)
+        measures = io.read_table(folder / "measures") if (folder / "measures.parquet").exists() else None
+        return cls(
+            run, io.read_table(folder / "scores"), io.read_table(folder / "summaries"), folder, measures=measures
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Write run.json, the tables and the items into ``folder``; return it."""
@@ -70,9 +77,32 @@ class ProbeResults:
         io.write_json(folder / "run.json", self.run)
         io.write_table(folder / "scores", self.scores)
         io.write_table(folder / "summaries", self.summaries)
+        if self.measures is not None:
+            io.write_table(folder / "measures", self.measures)
         for task in self.tasks:
             io.write_table(folder / "items" / task, self.items(task), csv=False)
+            for measure in self._measured(task):
+                io.write_table(folder / "items" / f"{task}.{measure}", self.measure_items(task, measure), csv=False)
         return folder
+
+    def _measured(self, task: str) -> list[Literal["conditional", "mix"]]:
+        """Measures of a task that have pointwise values."""
+        return [
+            m for m in ("conditional", "mix") if self.folder and (self.folder / f"items/{task}.{m}.parquet").exists()
+        ]
+
+    def measure_items(self, task: str, measure: Literal["conditional", "mix"]) -> pd.DataFrame:
+        """Pointwise values of a measure: one row per test item, hidden state, control and seed, in the column ``bits``.
+
+        ``conditional`` has them for each ``metric``, bits beyond the first hidden state or beyond the one below.
+
+        Raises:
+            UsageError: the run has no such measure of this task.
+        """
+        if measure not in self._measured(task):
+            raise UsageError(f"There are no items of {measure!r} for task {task!r}. Run it with --measures {measure}.")
+        assert self.folder is not None
+        return io.read_table(self.folder / "items" / f"{task}.{measure}")
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from probing.config import Overwrite, ProbeConfig, seed_numbers
+from probing.baselines import BaselineOutputs, baseline_outputs, is_baseline, unsuited
+from probing.config import MEASURES, Overwrite, ProbeConfig, seed_numbers
 from probing.earlier import clear_run
-from probing.fitting import States, TaskFit, fit_task
+from probing.fitting import States, TaskFit, fit_task, split_rows
 from probing.item_states import item_states, rows_of_items, texts_of_items
-from probing.parts import is_finished, read_part, write_part
+from probing.parts import is_finished, measure_part, read_part, write_part
 from probing.planning import ProbePlan, extraction_options, plan_probing, timed
 from probing.probes.families import parse_probe
 from probing.results import ProbeResults, summary_table
 from probing.scoring import SCORE_COLUMNS, item_table, score_table
+from probing.targets import label_values
 from probing.tasks.base import Task
 from spafit import io
 from spafit.errors import OutputError, SpafitError, TaskError
@@ -41,6 +43,7 @@ def probe_layers(
     pooling: Sequence[str] = ("mean",),
     probe: Sequence[str] = ("linear",),
     controls: Sequence[str] = ("word-type", "random-encoder"),
+    measures: Sequence[str] = (),
     max_train: int | None = None,
     seeds: int | Sequence[int] = (0, 1, 2),
     l2: Sequence[float] | None = None,
@@ -85,6 +88,7 @@ def probe_layers(
         pooling=tuple(pooling),
         probe=(probe,) if isinstance(probe, str) else tuple(probe),
         controls=tuple(controls),
+        measures=tuple(measures),
         max_train=max_train,
         seeds=seed_numbers(seeds),
         l2=None if l2 is None else tuple(l2),
@@ -142,6 +146,9 @@ def run_plan(plan: ProbePlan, *, command: str | None = None, quiet: bool = False
         **provenance(),
     }
     todo = [t for t in plan.tasks if t.name not in plan.done]
+    if plan.measuring:
+        for suffix in (".parquet", ".csv"):
+            (plan.out / f"measures{suffix}").unlink(missing_ok=True)
     if todo:  # what an earlier run left must not be taken for this one's; its finished tasks stay in parts/
         for name in ("scores", "summaries"):
             for suffix in (".parquet", ".csv"):
@@ -150,8 +157,13 @@ def run_plan(plan: ProbePlan, *, command: str | None = None, quiet: bool = False
             (plan.out / name).unlink(missing_ok=True)
     io.write_json(plan.out / "run.json", run)
     try:
+        stores: Stores = {}
+        if todo or plan.measuring:
+            stores = _extract(plan, todo, notes, seconds, quiet=quiet)
         if todo:
-            _extract_and_fit(plan, todo, status, notes, seconds, quiet=quiet)
+            _fit(plan, todo, stores, status, seconds, quiet=quiet)
+        if plan.measuring:
+            _measure(plan, stores, status, seconds, quiet=quiet)
     except KeyboardInterrupt:
         run["status"] = "interrupted"
         for task in todo:  # the interruption may come right after a task was saved
@@ -162,7 +174,7 @@ def run_plan(plan: ProbePlan, *, command: str | None = None, quiet: bool = False
         run["status"] = "failed"
         raise
     else:
-        failed = [n for n, s in status.items() if s["status"] == "failed"]
+        failed = [n for n, s in status.items() if s["status"] == "failed" or s.get("failed_measures")]
         run["status"] = "partial" if failed else "complete"
     finally:
         with timed(seconds, "write tables"):
@@ -171,6 +183,8 @@ def run_plan(plan: ProbePlan, *, command: str | None = None, quiet: bool = False
         if results is not None:
             io.write_table(plan.out / "scores", results.scores)
             io.write_table(plan.out / "summaries", results.summaries)
+            if results.measures is not None:
+                io.write_table(plan.out / "measures", results.measures)
         io.write_json(plan.out / "run.json", run)
     if results is None:
         reasons = "; ".join(f"{n}: {s['error']}" for n, s in status.items() if s["status"] == "failed")
@@ -187,24 +201,43 @@ def extract_shard(plan: ProbePlan, shard: tuple[int, int], *, quiet: bool = Fals
             pass
 
 
-def _extract_and_fit(
+#: States by encoder (``none``: the model itself; else the control that it is), seed and corpus.
+Stores = dict[tuple[str, int | None, str], "ActivationStore"]
+
+
+def _extract(
+    plan: ProbePlan, todo: Sequence[Task], notes: list[str], seconds: dict[str, float], *, quiet: bool
+) -> Stores:  # fmt: skip
+    """States of the model for what is probed or measured, and of controls' encoders for what is probed."""
+    stores: Stores = {}
+    corpora = _corpora(plan, todo)
+    tokens = sum(plan.extractions[c].tokens for c in corpora)
+    tokens += (plan.encoders - 1) * sum(plan.extractions[c].tokens for c in {t.corpus.name for t in todo})
+    encoders = plan.encoders if todo else 1
+    with Progress(f"Encoding with {encoders} encoder(s)", tokens, quiet=quiet) as progress:
+        for control, seed, corpus, store, spent in _encoders(plan, todo, shard=None, progress=progress.advance):
+            stores[control, seed, corpus] = store
+            name = "encode" if seed is None else f"encode ({control.replace('-', ' ')})"
+            seconds[name] = seconds.get(name, 0.0) + spent
+            notes += [n for n in store.notes if n not in notes]
+    return stores
+
+
+def _corpora(plan: ProbePlan, todo: Sequence[Task]) -> set[str]:
+    measured = {name for name, _ in plan.measuring}
+    return {t.corpus.name for t in plan.tasks if t in todo or t.name in measured}
+
+
+def _fit(
     plan: ProbePlan,
     todo: Sequence[Task],
+    stores: Stores,
     status: dict[str, dict[str, Any]],
-    notes: list[str],
     seconds: dict[str, float],
     *,
     quiet: bool,
 ) -> None:
-    stores: dict[tuple[int | None, str], ActivationStore] = {}
-    tokens = plan.encoders * sum(plan.extractions[c].tokens for c in {t.corpus.name for t in todo})
-    with Progress(f"Encoding with {plan.encoders} encoder(s)", tokens, quiet=quiet) as progress:
-        for seed, corpus, store, spent in _encoders(plan, todo, shard=None, progress=progress.advance):
-            stores[seed, corpus] = store
-            name = "encode" if seed is None else "encode (random encoders)"
-            seconds[name] = seconds.get(name, 0.0) + spent
-            notes += [n for n in store.notes if n not in notes]
-    per_task = len(plan.hidden) * len(plan.config.seeds) * min(plan.encoders, 2)
+    per_task = len(plan.hidden) * len(plan.config.seeds) * (1 + len(plan.encoder_controls))
     per_task *= len(plan.config.pooling) * len(plan.config.sites) * len(plan.config.probe)
     with Progress("Probing", len(todo) * per_task, quiet=quiet) as progress:
         for task in todo:
@@ -212,7 +245,7 @@ def _extract_and_fit(
             begun = time.time()
             try:
                 notes_of_task = _probe_one(plan, task, stores, progress.advance, seconds)
-            except (SpafitError, ValueError, ArithmeticError, LookupError, RuntimeError, OSError) as error:
+            except _CAUGHT as error:
                 if isinstance(error, OutputError):
                     raise
                 # One broken task must not cost the others; the traceback is kept for whoever mends it.
@@ -226,44 +259,111 @@ def _extract_and_fit(
                 status[task.name]["notes"] += notes_of_task
 
 
+#: What one task or measure may raise without costing the others.
+_CAUGHT = (SpafitError, ValueError, ArithmeticError, LookupError, RuntimeError, OSError)
+
+
+def _measure(
+    plan: ProbePlan, stores: Stores, status: dict[str, dict[str, Any]], seconds: dict[str, float], *, quiet: bool
+) -> None:
+    """Take the measures that are asked for and not there; one that fails is a note of its task."""
+    named = {t.name: t for t in plan.tasks}
+    todo = [(named[name], measure) for name, measure in plan.measuring if status[name]["status"] == "done"]
+    with Progress("Measuring", len(todo), quiet=quiet) as progress, timed(seconds, "measures"):
+        for task, measure in todo:
+            progress.advance(0, description=f"{measure} of {task.name}")
+            try:
+                _measure_one(plan, task, measure, stores["none", None, task.corpus.name])
+            except _CAUGHT as error:
+                if isinstance(error, OutputError):
+                    raise
+                status[task.name].setdefault("failed_measures", {})[measure] = str(error) or type(error).__name__
+            progress.advance(1)
+
+
+def _measure_one(plan: ProbePlan, task: Task, measure: str, store: ActivationStore) -> None:
+    from probing import measures
+
+    rows, usable = rows_of_items(plan, task, store)
+    scores, _, _ = read_part(plan.out, task.name)
+    fitted = scores[(scores["control"] == "none") & (scores["probe"] == "linear") & scores["seed"].notna()]
+    found, notes = [], []
+    for site in plan.config.sites:
+        hidden = [h for h in plan.hidden if h in store.hidden_of(site)]
+        if reason := measures.unsuited(measure, task, hidden):
+            notes.append(reason)
+            continue
+        for pooling in plan.config.pooling:
+            own = fitted[(fitted["site"] == site) & (fitted["pooling"] == pooling)]
+            penalties = {(int(s), int(h)): float(v) for s, h, v in own[["seed", "hidden", "l2"]].to_numpy()}
+            found.append(
+                measures.measure_task(
+                    measure, task, plan.settings, hidden=hidden, usable=usable, penalties=penalties,
+                    states=lambda h, positions, site=site, pooling=pooling: item_states(  # type: ignore[misc]
+                        task, store, rows[positions], pooling=pooling, hidden=h, site=site
+                    ),
+                    where={"stack": plan.stack.name, "site": site, "pooling": pooling},
+                    device="cpu" if plan.device.startswith("mps") else plan.device,
+                )
+            )  # fmt: skip
+    tables = [[getattr(m, name) for m in found if len(getattr(m, name))] for name in ("scores", "summaries", "items")]
+    score_rows, summaries, items = (
+        pd.concat(t, ignore_index=True) if t else pd.DataFrame({"task": []}) for t in tables
+    )
+    write_part(
+        plan.out, measure_part(task.name, measure), key=plan.measure_key(task, measure), labels=task.labels,
+        scores=score_rows, summaries=summaries, items=items if len(items) else None, weights=None,
+        notes=list(dict.fromkeys(notes)),
+    )  # fmt: skip
+
+
 def _encoders(
     plan: ProbePlan, todo: Sequence[Task], *, shard: tuple[int, int] | None, progress: Callable[[float], None]
-) -> Iterator[tuple[int | None, str, ActivationStore, float]]:
-    """Extract every corpus with the model (seed None) and with each seed's random-weight encoder."""
+) -> Iterator[tuple[str, int | None, str, ActivationStore, float]]:
+    """Extract every corpus with the model (``none``) and with each seed's encoder of each control that is one."""
     from probing.extraction import extract
+    from probing.permuted import permuted_texts
     from spafit.models import randomize_weights
 
-    corpora = sorted({t.corpus.name for t in todo})
-    seeds: list[int | None] = [None, *(plan.config.seeds if plan.encoders > 1 else ())]
-    for seed in seeds:
+    runs: list[tuple[str, int | None]] = [("none", None)]
+    if todo:
+        runs += [(control, seed) for control in plan.encoder_controls for seed in plan.config.seeds]
+    for control, seed in runs:
         begun = time.time()
-        encoder = plan.loaded if seed is None else randomize_weights(plan.loaded, seed)
-        for corpus in corpora:
+        encoder = plan.loaded
+        if control == "random-encoder" and seed is not None:
+            encoder = randomize_weights(plan.loaded, seed)
+        elif control == "permuted-weights" and seed is not None:
+            encoder = randomize_weights(plan.loaded, seed, how="permute")
+        for corpus in sorted(_corpora(plan, todo) if seed is None else {t.corpus.name for t in todo}):
+            texts = plan.needed[corpus].texts
             store = extract(
                 encoder,
-                plan.needed[corpus].texts,
+                permuted_texts(texts, seed) if control == "permuted-order" and seed is not None else texts,
                 **extraction_options(plan.config, plan.tasks, corpus),
                 device=plan.device,
                 cache_dir=None if plan.config.cache_dir is None else Path(plan.config.cache_dir),
                 shard=shard,
                 progress=progress,
             )
-            yield seed, corpus, store, time.time() - begun
+            yield control, seed, corpus, store, time.time() - begun
             begun = time.time()
 
 
 def _probe_one(
     plan: ProbePlan,
     task: Task,
-    stores: Mapping[tuple[int | None, str], ActivationStore],
+    stores: Stores,
     progress: Callable[[float], None],
     seconds: dict[str, float],
 ) -> list[str]:
     """Fit, score and save one task; returns notes on what was left out."""
-    own = stores[None, task.corpus.name]
+    own = stores["none", None, task.corpus.name]
     texts = texts_of_items(plan, task)
     encoded = (texts >= 0).all(1)  # the others are training items that no seed drew
     rows, usable = rows_of_items(plan, task, own)
+    for seed in plan.config.seeds if "permuted-order" in plan.encoder_controls else ():
+        usable &= rows_of_items(plan, task, stores["permuted-order", seed, task.corpus.name])[1]  # words move out, too
     notes = []
     if (usable < encoded).any():
         what = "word" if task.unit == "word" else "item"
@@ -273,6 +373,9 @@ def _probe_one(
     elif own.truncated[texts[encoded]].any():
         notes.append(f"{int(own.truncated[np.unique(texts[encoded])].sum())} text(s) were cut at the model's window")
     scores, items, weights = [], [], {}
+    with timed(seconds, "baselines"):
+        baselines, left_out = _baselines(plan, task, usable)
+        notes += left_out
     for site in plan.config.sites:
         for pooling in plan.config.pooling:
 
@@ -289,11 +392,11 @@ def _probe_one(
                         plan.settings,
                         hidden=present,
                         states=reader(own),
-                        random_states={
-                            s: reader(stores[s, task.corpus.name])
-                            for s in plan.config.seeds
-                            if (s, task.corpus.name) in stores
+                        encoders={
+                            control: {s: reader(stores[control, s, task.corpus.name]) for s in plan.config.seeds}
+                            for control in plan.encoder_controls
                         },
+                        baselines=baselines,
                         family=parse_probe(probe),
                         usable=usable,
                         device="cpu" if plan.device.startswith("mps") else plan.device,
@@ -323,20 +426,42 @@ def _probe_one(
     return notes
 
 
+def _baselines(
+    plan: ProbePlan, task: Task, usable: np.ndarray
+) -> tuple[dict[str, dict[int, BaselineOutputs]], list[str]]:
+    """Outputs of every baseline asked for, by seed (one where all draw the same items); notes on those left out."""
+    wanted = [c for c in plan.config.controls if is_baseline(c)]
+    if not wanted:
+        return {}, []
+    rows = split_rows(task, plan.settings, label_values(task), usable)
+    seeds = plan.config.seeds[:1] if rows.same_draw else plan.config.seeds
+    reasons = {c: unsuited(c, task) for c in wanted}
+    found = {c: {s: baseline_outputs(c, task, rows, s) for s in seeds} for c in wanted if not reasons[c]}
+    return found, [r for r in reasons.values() if r]
+
+
 def _collect(plan: ProbePlan, run: dict[str, Any], status: dict[str, dict[str, Any]]) -> ProbeResults | None:
     """The tables of all finished tasks, in the order of the run; None if there is none."""
-    parts, summaries = [], []
+    parts, summaries, measures = [], [], []
     for task in plan.tasks:
         if status[task.name]["status"] != "done":
             continue
         part, summary, notes = read_part(plan.out, task.name)
         parts.append(part)
         summaries.append(summary)
+        for measure in MEASURES:
+            name = measure_part(task.name, measure)
+            if is_finished(plan.out, name, plan.measure_key(task, measure)):
+                rows, more, why = read_part(plan.out, name)
+                measures += [rows] if len(rows) else []
+                summaries += [more] if len(more) else []
+                notes += why
         status[task.name]["notes"] = [*task.notes, *notes]
     if not parts:
         return None
     scores = pd.concat(parts, ignore_index=True)[list(SCORE_COLUMNS)]
-    return ProbeResults(run, scores, pd.concat(summaries, ignore_index=True), plan.out)
+    found = pd.concat(measures, ignore_index=True)[list(SCORE_COLUMNS)] if measures else None
+    return ProbeResults(run, scores, pd.concat(summaries, ignore_index=True), plan.out, measures=found)
 
 
 def _reference(model: Any) -> str:

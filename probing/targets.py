@@ -91,18 +91,31 @@ class Answers:
         Returns:
             Predictions, as ``values`` has them, and bits saved, float32, (items,).
         """
+        if self.kind == "classes":
+            return self.score_outputs(probe.log_probabilities(x, position=position), items)
+        deviation = float(probe.parameters["deviation"][0]) if self.kind == "number" else float("nan")
+        return self.score_outputs(probe.outputs(x, position=position), items, deviation=deviation)
+
+    def score_outputs(
+        self, outputs: np.ndarray, items: np.ndarray, *, deviation: float = float("nan")
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """:meth:`score` of given outputs for some items.
+
+        Args:
+            outputs: natural logarithms of probabilities (items, classes), log odds (items, labels), or numbers
+                (items, 1).
+            items: their positions in the task.
+            deviation: of numbers around their predictions.
+        """
         right = self.values[items]
         if self.kind == "classes":
-            log_p = probe.log_probabilities(x, position=position)
-            log2_p = np.take_along_axis(log_p, right[:, None], 1)[:, 0] / np.log(2)
-            return log_p.argmax(1), (log2_p - self.log2_reference[items]).astype(np.float32)
-        outputs = probe.outputs(x, position=position)
+            log2_p = np.take_along_axis(outputs, right[:, None], 1)[:, 0] / np.log(2)
+            return outputs.argmax(1), (log2_p - self.log2_reference[items]).astype(np.float32)
         if self.kind == "multilabel":
             signed = np.where(right, outputs, -outputs).astype(np.float64)
             log2_p = -np.logaddexp(0, -signed).sum(1) * _LOG2E
             return outputs > 0, (log2_p - self.log2_reference[items]).astype(np.float32)
         predicted = outputs[:, 0].astype(np.float64)
-        deviation = float(probe.parameters["deviation"][0])
         log2_p = _gaussian(right - predicted, deviation**2)
         return predicted, (log2_p - self.log2_reference[items]).astype(np.float32)
 

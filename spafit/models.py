@@ -17,7 +17,7 @@ from spafit.digests import model_digest, tokenizer_digest
 from spafit.errors import ModelError
 from spafit.hub import locate, quiet
 from spafit.loading import adapter_base, load_adapted, load_backbone, load_tokenizer
-from spafit.runtime import torch_seed
+from spafit.runtime import generator, torch_seed
 from spafit.stacks import Stack, find_stacks, stack_at
 
 if TYPE_CHECKING:
@@ -155,8 +155,13 @@ def load_model(
     )
 
 
-def randomize_weights(loaded: LoadedModel, seed: int) -> LoadedModel:
+def randomize_weights(
+    loaded: LoadedModel, seed: int, *, how: Literal["initialise", "permute"] = "initialise"
+) -> LoadedModel:
     """Return the same architecture with weights freshly drawn by the model's own scheme: the random-weight encoder.
+
+    With ``how="permute"`` the weights stay, in another order within each tensor (tied ones once): what the sizes of
+    the weights alone give.
 
     The result depends on ``seed`` alone, shares no storage with ``loaded``, and the global generators keep their
     state. A module outside transformers is re-initialised through its layers' ``reset_parameters``; a bare parameter
@@ -164,6 +169,8 @@ def randomize_weights(loaded: LoadedModel, seed: int) -> LoadedModel:
     """
     old = loaded.model
     first = next(old.parameters())
+    if how == "permute":
+        return _permuted_weights(loaded, seed)
     notes = [f"weights drawn at random (seed {seed}), by the model's own initialisation"]
     with torch_seed(seed, "random-weights"), quiet():
         if hasattr(old, "config") and hasattr(type(old), "from_pretrained"):
@@ -184,6 +191,26 @@ def randomize_weights(loaded: LoadedModel, seed: int) -> LoadedModel:
         adapter_digest=None,
         stacks=_same_stacks(model, loaded),
         notes=tuple(notes),
+    )
+
+
+def _permuted_weights(loaded: LoadedModel, seed: int) -> LoadedModel:
+    import torch
+
+    model = copy.deepcopy(loaded.model)
+    random = torch.Generator().manual_seed(int(generator(seed, "permuted weights").integers(2**62)))
+    with torch.no_grad():
+        for parameter in model.parameters():  # a tied one comes once
+            order = torch.randperm(parameter.numel(), generator=random).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].reshape(parameter.shape))
+    return replace(
+        loaded,
+        model=model.eval().requires_grad_(requires_grad=False),
+        name=f"{loaded.name}-permuted-{seed}",
+        weights_digest=model_digest(model),
+        adapter_digest=None,
+        stacks=_same_stacks(model, loaded),
+        notes=(f"weights in another order within each tensor (seed {seed})",),
     )
 
 

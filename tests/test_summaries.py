@@ -216,3 +216,15 @@ def test_bad_curves_are_named():
         emergence(replace(curve, values=np.full(7, np.nan)))
     with pytest.raises(UsageError, match="two or more scores"):
         expected_layer(np.ones(1))
+
+
+def test_a_cumulative_curve_without_any_gain_places_none():
+    from probing.mix_summaries import summarize_cumulative
+
+    curve = LayerCurve("t", "syntax", np.arange(3), np.ones(3), np.ones((100, 3)), "accuracy", "none", 50, 1)
+    rows = {r.statistic: r for r in summarize_cumulative(curve)}
+    assert np.isnan(rows["expected_layer"].value)
+    assert np.isnan(rows["expected_layer"].ci_low)
+    assert "no gain" in rows["expected_layer"].note
+    assert np.isnan(rows["expected_layer_robust"].value)
+    assert rows["headroom"].value == 0

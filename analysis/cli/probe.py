@@ -21,6 +21,7 @@ Examples:
 - `spafit-probe --model ./my-adapter --tasks core,conllu:UD_English-EWT#upos,deprel`
 - `spafit-probe --tasks table:cola/train.tsv,text=3,label=1 --seeds 5`
 - `spafit-probe --probe linear,mlp:64` fits two families of probes to every hidden state
+- `spafit-probe --measures online-code,mix` adds description lengths and scalar mixes
 - `spafit-probe --dry-run` prints the plan and an estimate of time and disk, and stops
 """
 
@@ -95,7 +96,23 @@ def probe(
         ),
     ] = None,
     controls: Annotated[
-        str | None, _option(_PROBE, "--controls", help="word-type, random-encoder, or none. Default: both.")
+        str | None,
+        _option(
+            _PROBE,
+            "--controls",
+            help="word-type, random-encoder, permuted-weights, permuted-order, bag-of-words, tf-idf, length, "
+            "majority-per-word, column:NAME, or none; several by commas. Default: word-type,random-encoder.",
+        ),
+    ] = None,
+    measures: Annotated[
+        str | None,
+        _option(
+            _PROBE,
+            "--measures",
+            help="online-code, variational-code (slow), conditional, mix; several by commas, added to a finished run. "
+            "Default: none beside accuracy and bits.",
+            autocompletion=lambda incomplete: _complete_measures(incomplete),
+        ),
     ] = None,
     seeds: Annotated[
         int | None,
@@ -178,6 +195,7 @@ def probe(
         "pooling": _split(pooling),
         "probe": tuple(probes) if probes else None,
         "controls": () if controls == "none" else _split(controls),
+        "measures": () if measures == "none" else _split(measures),
         "seeds": None if seeds is None else tuple(range(seeds)),
         "l2": _numbers(l2),
         "n_boot": n_boot,
@@ -252,6 +270,10 @@ def _run(
 
 def _print(results: ProbeResults, interpretation: Interpretation) -> None:
     typer.echo(f"\n{results.to_markdown()}\n")
+    if results.measures is not None:
+        from probing.measure_displays import measure_markdown
+
+        typer.echo(f"{measure_markdown(results.measures, results.summaries)}\n")
     suggestion = interpretation.suggestion
     if interpretation.localization.conditions[0].tested:
         typer.echo(f"Verdict: {interpretation.verdict['verdict']}. {interpretation.verdict['sentence']}\n")
@@ -265,6 +287,8 @@ def _print(results: ProbeResults, interpretation: Interpretation) -> None:
     for name, facts in results.run["tasks"].items():
         if facts["status"] == "failed":
             typer.echo(f"Failed:  {name}: {facts['error']}")
+        for measure, why in facts.get("failed_measures", {}).items():
+            typer.echo(f"Failed:  {measure} of {name}: {why}")
         for note in facts.get("notes", []):
             about.setdefault(note, []).append(name)
     for note, names in about.items():
@@ -315,6 +339,12 @@ def _shard(text: str | None) -> tuple[int, int] | None:
     if not (slash and i.isdigit() and n.isdigit() and int(i) < int(n)):
         raise UsageError(f"--shard {text!r} must be i/n with 0 <= i < n, such as 0/4.")
     return int(i), int(n)
+
+
+def _complete_measures(incomplete: str) -> list[str]:
+    from probing.config import MEASURES
+
+    return [name for name in MEASURES if name.startswith(incomplete)]
 
 
 def _complete_tasks(incomplete: str) -> list[str]:

@@ -107,7 +107,7 @@ def measure_fit() -> dict[str, float]:
     base = _memory("VmRSS")
     _forget_peak()
     begun = time.perf_counter()
-    fit_task(task, ProbeSettings(seeds=(0,)), hidden=(0, 1, 2), states=states, random_states={0: states})
+    fit_task(task, ProbeSettings(seeds=(0,)), hidden=(0, 1, 2), states=states, encoders={"random-encoder": {0: states}})
     return {"peak": _memory("VmHWM") - base, "seconds": time.perf_counter() - begun}
 
 
