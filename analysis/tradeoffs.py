@@ -189,6 +189,8 @@ def _finding(row: Mapping[Hashable, Any]) -> str:
 
 def at_least_as_good(score: np.ndarray, loss: np.ndarray) -> np.ndarray:
     """Whether method a is no worse than b in both; shape (…, a, b) from two arrays of shape (…, methods)."""
+    # Two means of the same hits may differ by rounding, which depends on the machine: that is a tie.
+    score, loss = np.round(score, 9), np.round(loss, 9)
     better = score[..., :, None] >= score[..., None, :]
     return np.asarray(better & (loss[..., :, None] <= loss[..., None, :]))
 

@@ -332,3 +332,11 @@ def test_what_folders_lack_is_said(folders: dict[str, Path], tmp_path: Path) -> 
     (moved / "run.json").write_text(json.dumps(run))
     with pytest.raises(DataError, match=r"the score of a .* cannot be found"):
         tradeoff([moved])
+
+
+def test_means_that_differ_by_rounding_are_a_tie():
+    from analysis.tradeoffs import at_least_as_good
+
+    third = np.array([1 / 3, 1 / 3 + 1e-16 * 4])
+    assert at_least_as_good(third, third[::-1]).all()
+    assert not at_least_as_good(np.array([0.3, 0.301]), np.zeros(2))[0, 1]
