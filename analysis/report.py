@@ -81,9 +81,11 @@ def _figures(results: ProbeResults, suggestion: StrataSuggestion | None) -> list
     for place in places:
         stack, site = place
         shaded = strata if site == "block" else ()
+        has_bits = (scores["metric"] == "bits").any()
         levels = layer_curves(
-            scores, metric="bits", layout="levels", scale="share", strata=shaded, stack=stack, site=site
-        )
+            scores, metric="bits" if has_bits else "primary", layout="levels", scale="share", strata=shaded,
+            stack=stack, site=site,
+        )  # fmt: skip
         add("layers", "Where each task can be read, by level", levels, place)
         word = scores_word(overview(scores, results.summaries)).capitalize()
         add("tasks", f"{word} of every task over hidden states, with controls",

@@ -54,6 +54,10 @@ _METRICS = {
     "bits": "Bits saved per item",
     "macro_f1": "Macro-averaged F1",
     "spearman": "Rank correlation (Spearman)",
+    "uuas": "Edges found (UUAS)",
+    "dspr": "Rank correlation of distances (DSpr.)",
+    "nspr": "Rank correlation of depths (NSpr.)",
+    "root_accuracy": "Root accuracy",
 }
 _STATISTICS = {
     "best": "best hidden state",

@@ -23,7 +23,8 @@ def browsable_items(results: ProbeResults, *, budget: int) -> list[dict[str, Any
 
     Predictions are those of the probe on the model (no control) at the run's first seed, on the primary test split. The
     sample is the same for the same items. Fewer items are taken, never fewer than ten a task, where their JSON would
-    exceed ``budget`` bytes; long texts are cut. Tasks of numbers are left out: a prediction of one is never just right.
+    exceed ``budget`` bytes; long texts are cut. Tasks of numbers and of trees are left out: a
+    prediction of one is never just right.
 
     Returns:
         Entries with ``task``, ``variant``, ``level``, ``split``, ``seed``, ``total`` (items the sample is from),
@@ -37,7 +38,7 @@ def browsable_items(results: ProbeResults, *, budget: int) -> list[dict[str, Any
         table = results.items(task)
         split = primary_split(results.scores, task)
         table = table[(table["control"].astype(str) == "none") & (table["split"].astype(str) == split)]
-        if table.empty or pd.api.types.is_float_dtype(table["label"]):
+        if table.empty or "label" not in table or pd.api.types.is_float_dtype(table["label"]):
             continue
         table = table[table["seed"] == table["seed"].min()]
         for variant in variants(results.scores, task):

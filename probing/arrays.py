@@ -10,7 +10,7 @@ import pandas as pd
 
 from probing.config import check_penalties, seed_numbers
 from probing.fitting import ProbeSettings, States, fit_task
-from probing.probes.families import parse_probes
+from probing.probes.families import Structural, parse_probes
 from probing.results import ProbeResults, summary_table
 from probing.scoring import item_table, score_table
 from probing.tasks.base import Corpus, Kind, Level, Task, Text
@@ -65,7 +65,13 @@ def probe_arrays(
     seeds = seed_numbers(seeds)
     if l2 is not None:
         check_penalties(tuple(l2))
-    families = [f for text in ((probe,) if isinstance(probe, str) else probe) for f in parse_probes(text)]
+    every = [f for text in ((probe,) if isinstance(probe, str) else probe) for f in parse_probes(text)]
+    families = [f for f in every if not isinstance(f, Structural)]
+    if len(families) < len(every):
+        raise UsageError(
+            "structural probes need trees, which labels of single items are not. Use "
+            "probing.tree_scores.structural_arrays(states, trees)."
+        )
     states = np.asarray(X)
     if states.ndim != 3:
         raise UsageError(f"X must have shape (hidden states, items, width); got {states.shape}.")

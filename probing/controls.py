@@ -39,7 +39,7 @@ def control_labels(task: Task, seed: int) -> np.ndarray | None:
         is chance by construction: do not read selectivity from such a split.
     """
     types = control_types(task)
-    if types is None:
+    if types is None or task.kind == "tree":
         return None
     unique, inverse = np.unique(types, return_inverse=True)
     random = generator(seed, "control task", task.name)

@@ -60,7 +60,9 @@ __all__ = [
     "task_layer_heatmap",
 ]
 
-Metric = Literal["primary", "accuracy", "macro_f1", "micro_f1", "r2", "spearman", "bits"]
+Metric = Literal[
+    "primary", "accuracy", "macro_f1", "micro_f1", "r2", "spearman", "uuas", "dspr", "nspr", "root_accuracy", "bits"
+]
 
 _MARKERS = dict(zip("osD^vP*", "●■◆▲▼✚★", strict=True))
 
@@ -204,7 +206,7 @@ def _task_panel(ax: Axes, rows: pd.DataFrame, task: str, *, metric: str, lines: 
     chance = 0.0 if metric == "bits" else float(part.loc[part["split"] == split, "chance"].iloc[0])
     if np.isfinite(chance):
         ax.axhline(chance, color=plotting.MUTED, linewidth=0.9, linestyle=":", label="chance", zorder=1.8)
-        kinds.add("chance")
+        kinds.add("linear chain" if (part["shown"] == "uuas").all() else "chance")
     hidden_axis(ax, part, most=7 if len(rows["task"].unique()) > 1 else 13)
     return kinds
 

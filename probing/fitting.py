@@ -161,7 +161,7 @@ def fit_task(
     ) -> None:
         """Fit these label sets, the task's first, on the states of one encoder, and record them."""
         n_items = len(train) + len(rows.dev) + len(rows.test)
-        for k in _chunks(hidden, n_items, read(hidden[0], train[:1]).shape[1]):
+        for k in hidden_chunks(hidden, n_items, read(hidden[0], train[:1]).shape[1]):
             chosen = [hidden[j] for j in range(*k.indices(len(hidden)))]
             x_train, x_dev, x_test = (np.stack([read(h, r) for h in chosen]) for r in (train, rows.dev, rows.test))
             found = family.fit(
@@ -298,7 +298,7 @@ class _Record:
         return TaskFit(self.hidden, self.test, fits, n_train, self.weights, self.task.kind, tuple(names), members)
 
 
-def _chunks(hidden: Sequence[int], rows: int, width: int) -> list[slice]:
+def hidden_chunks(hidden: Sequence[int], rows: int, width: int) -> list[slice]:
     """Groups of hidden states whose arrays fit in :data:`CHUNK_BYTES` (with a factor for the solver's copies)."""
     size = max(1, int(CHUNK_BYTES / (3 * 4 * rows * width)))
     return [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]

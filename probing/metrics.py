@@ -6,6 +6,8 @@
 ``micro_f1``   with several labels: F1 of all item-label pairs together
 ``r2``         1 − squared error / squared deviation from the scored items' mean; a mean guess is at about 0
 ``spearman``   rank correlation of predicted and right numbers; 0 where the prediction does not vary
+``uuas``       share of a dependency tree's edges in the spanning tree of predicted distances, and the other scores of
+               trees (:mod:`probing.tree_scores`)
 ``bits``       bits saved per item (:meth:`probing.targets.Answers.score`)
 =============  ==========================================================================================
 
@@ -44,7 +46,7 @@ def primary_metric(kind: Kind) -> str:
 def shown_metric(metrics: Iterable[str]) -> str:
     """The primary metric of the kind of task that has these metrics."""
     found = set(metrics)
-    return next((m for m in ("r2", "micro_f1") if m in found), "accuracy")
+    return next((m for m in ("r2", "micro_f1", "uuas") if m in found), "accuracy")
 
 
 def points(metric: str, fit: TaskFit, fits: ControlFits, chosen: np.ndarray) -> np.ndarray:

@@ -142,16 +142,17 @@ def curve_legend(
         for name, dashes in lines.items()
     ]
     handles.append((Patch(facecolor=ink, alpha=0.2, linewidth=0), "95 % interval"))
-    for extra in sorted(kinds - {"own", "random-encoder", "word-type", "chance"}):
+    for extra in sorted(kinds - {"own", "random-encoder", "word-type", "chance", "linear chain"}):
         label = "unseen word types" if extra == "unseen" else f"split {extra}"
         handles.append((Line2D([], [], color=ink, linewidth=1.0, linestyle=(0, (1.5, 1))), label))
     if "random-encoder" in kinds:
         handles.append((Line2D([], [], color=muted, linewidth=1.1, linestyle=(0, (4, 2))), "random encoder"))
     if "word-type" in kinds:
         handles.append((Line2D([], [], color=muted, linewidth=1.1, linestyle=(0, (3, 1.5, 1, 1.5))), "control task"))
-    if "chance" in kinds:
-        label = "label frequencies only" if metric == "bits" else "majority class"
-        handles.append((Line2D([], [], color=muted, linewidth=0.9, linestyle=":"), label))
+    labels = ["label frequencies only" if metric == "bits" else "majority class"] if "chance" in kinds else []
+    labels += ["linear chain"] if "linear chain" in kinds else []  # drawn alike: each panel has one of the two
+    if labels:
+        handles.append((Line2D([], [], color=muted, linewidth=0.9, linestyle=":"), " / ".join(labels)))
     for s in strata:
         if s.blocks[1] > s.blocks[0]:
             patch = Patch(facecolor=(*rgb(ink), plotting.stratum_shade(s.method)), edgecolor=muted, linewidth=0.6)

@@ -18,7 +18,7 @@ from probing.controls import ENCODERS
 from probing.earlier import check_same_run, find_run
 from probing.fitting import ProbeSettings, training_rows
 from probing.parts import is_finished, measure_part
-from probing.probes.families import parse_probe
+from probing.probes.families import check_suited, parse_probe, suits
 from probing.tasks.base import ITEM_COLUMNS, SPAN_UNITS, Corpus, Task, Text
 from spafit import io
 from spafit.errors import DataError, OutputError, TaskError, UsageError
@@ -183,6 +183,7 @@ class ProbePlan:
             )
             for t in todo
             for p in self.settings.probe
+            if suits(parse_probe(p), t)
         )
         fits = len(self.hidden) * len(self.config.seeds) * (1 + len(self.encoder_controls))
         return self.encoders * tokens * per_token * 1.15 + fits * products / 2e10 + measures + 5.0
@@ -229,9 +230,11 @@ def plan_probing(
         tasks, failed = _read_tasks(() if only_given else config.tasks, given=given, limit=config.limit)
     families = [parse_probe(p) for p in config.probe]
 
+    check_suited(families, tasks)
+
     def check_families(*, width: int | None) -> None:
         for family in families:
-            for task in tasks:
+            for task in (t for t in tasks if suits(family, t)):
                 family.check(task, width)
 
     check_families(width=None)
@@ -314,7 +317,10 @@ def _read_tasks(
 
 def _limited(task: Task, limit: int) -> Task:
     items = task.items.groupby("split", sort=False).head(limit)
-    if task.kind != "number":  # labels that training no longer has
+    if task.kind == "tree":  # whole sentences
+        sizes = task.items["group"].value_counts()
+        items = items[items.groupby("group")["item"].transform("size") == items["group"].map(sizes)]
+    elif task.kind != "number":  # labels that training no longer has
         positions = items["label"].astype(str).str.split(",")
         trained = {p for found in positions[items["split"] == "train"] for p in found} | {""}
         items = items[[trained.issuperset(found) for found in positions]]

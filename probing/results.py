@@ -12,6 +12,8 @@ import pandas as pd
 
 from probing.curves import LayerCurve
 from probing.metrics import shown_metric
+from probing.tree_fitting import is_tree_items, tree_curve
+from probing.tree_scores import METRICS
 from spafit import io
 from spafit.errors import DataError, UsageError, did_you_mean
 
@@ -109,6 +111,11 @@ class ProbeResults:
         """Names of the tasks that have scores, in the order of the run."""
         return tuple(dict.fromkeys(self.scores["task"]))
 
+    @property
+    def tasks_with_bits(self) -> tuple[str, ...]:
+        """:attr:`tasks` whose scores are bits per item, among others: all but trees."""
+        return tuple(dict.fromkeys(self.scores.loc[self.scores["metric"] == "bits", "task"]))
+
     def items(self, task: str) -> pd.DataFrame:
         """One row per test item and (stack, site, hidden, pooling, probe, control, seed) (``scoring.item_table``)."""
         if task in self.item_tables:
@@ -128,7 +135,7 @@ class ProbeResults:
         task: str,
         *,
         adjusted_by: str | None = "random-encoder",
-        metric: Literal["bits", "accuracy"] = "bits",
+        metric: str = "bits",
         split: str | None = None,
         stack: str | None = None,
         site: str = "block",
@@ -142,7 +149,8 @@ class ProbeResults:
             task: name of a task in these results.
             adjusted_by: control whose bits are subtracted item by item at each hidden state; None subtracts nothing.
                 Where the run has no such control nothing is subtracted and the curve says ``none``.
-            metric: ``bits`` saved per item, or ``accuracy``.
+            metric: ``bits`` saved per item, or ``accuracy``; for tasks of trees one of
+                :data:`probing.tree_scores.METRICS`.
             split: test split; the primary one by default.
             stack: stack, where there are several; the first by default.
             site: site of the states.
@@ -153,6 +161,10 @@ class ProbeResults:
         from spafit.stats import BootstrapDraw
 
         items = self.items(task)
+        trees = is_tree_items(items)
+        known = METRICS if trees else ("bits", "accuracy")
+        if metric not in known:
+            raise UsageError(f"Task {task!r} has no metric {metric!r}. Use {', '.join(known)}.")
         if metric == "accuracy" and pd.api.types.is_float_dtype(items["label"]):
             raise UsageError(f"Task {task!r} has numbers, which have no accuracy. Use metric='bits'.")
         split = split or self.primary_split(task)
@@ -165,6 +177,9 @@ class ProbeResults:
             raise UsageError(
                 f"Task {task!r} has no items at split {split!r}, stack {stack!r}, site {site!r}, pooling {pooling!r}."
             )
+        level = self.scores.loc[self.scores["task"] == task, "level"].iloc[0]
+        if trees:
+            return tree_curve(items, task=task, level=level, metric=metric, adjusted_by=adjusted_by, n_boot=n_boot)
         own = _values(items, "none", metric)
         has_control = adjusted_by is not None and (items["control"] == adjusted_by).any()
         other = _values(items, adjusted_by, metric) if adjusted_by and has_control else None
@@ -173,7 +188,6 @@ class ProbeResults:
         hidden = np.sort(first["hidden"].unique())
         groups = first.loc[first["hidden"] == hidden[0], "group"].to_numpy().astype(str)
         draw = BootstrapDraw.make(groups, n_seeds=len(values), n_boot=n_boot, seed=0)
-        level = self.scores.loc[self.scores["task"] == task, "level"].iloc[0]
         return LayerCurve(
             task,
             level,
@@ -195,13 +209,20 @@ class ProbeResults:
         pooling: str | None = None,
         n_boot: int = 1000,
     ) -> list[LayerCurve]:
-        """:meth:`curve` of every task (or those named), at the block site if the run has it, else at its first site."""
+        """:meth:`curve` of every task (or those named), at the block site if the run has it, else at its first site.
+
+        Tasks of trees have no bits. They are left out beside others, and given in UUAS where named or alone.
+        """
         sites = list(dict.fromkeys(self.scores["site"].astype(str)))
         site = site or ("block" if "block" in sites else sites[0])
+        bits = self.tasks_with_bits
         return [
-            self.curve(t, adjusted_by=adjusted_by, site=site, pooling=pooling, n_boot=n_boot)
-            for t in tasks or self.tasks
-        ]
+            self.curve(
+                t, adjusted_by=adjusted_by, metric="bits" if t in bits else "uuas", site=site, pooling=pooling,
+                n_boot=n_boot,
+            )
+            for t in tasks or bits or self.tasks
+        ]  # fmt: skip
 
     def to_pandas(self) -> pd.DataFrame:
         """The score rows to report: means over seeds, with intervals that cross items with seeds."""
@@ -228,6 +249,8 @@ class ProbeResults:
 def summary_table(results: ProbeResults, task: str, *, n_boot: int = 1000) -> pd.DataFrame:
     """Layer summaries of one task: of its accuracy (if it has classes), bits, and bits above the random encoder's.
 
+    Of a task of trees: of each tree metric, and of UUAS above the random encoder's.
+
     Columns: task, level, stack, site, pooling, probe, control (what was subtracted), metric, statistic, value, ci_low,
     ci_high, note; statistics as in :func:`probing.summaries.summarize_curve`.
     """
@@ -236,11 +259,11 @@ def summary_table(results: ProbeResults, task: str, *, n_boot: int = 1000) -> pd
     results = replace(results, item_tables={task: results.items(task)})  # read once for all curves
     scores = results.scores[results.scores["task"] == task]
     controls = set(scores["control"])
-    wanted: list[tuple[Literal["bits", "accuracy"], str]] = [("bits", "none")]
-    if shown_metric(scores["metric"]) == "accuracy":
-        wanted.insert(0, ("accuracy", "none"))
+    shown = shown_metric(scores["metric"])
+    main = "uuas" if shown == "uuas" else "bits"
+    wanted = [(m, "none") for m in ({"accuracy": ["accuracy", "bits"], "uuas": METRICS}.get(shown, ["bits"]))]
     if "random-encoder" in controls:
-        wanted.append(("bits", "random-encoder"))
+        wanted.append((main, "random-encoder"))
     rows = []
     for stack, site, pooling, probe in scores[list(ITEM_KEY)].drop_duplicates().itertuples(index=False, name=None):
         for metric, control in wanted:

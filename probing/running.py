@@ -19,11 +19,12 @@ from probing.fitting import States, TaskFit, fit_task, split_rows
 from probing.item_states import item_states, rows_of_items, texts_of_items
 from probing.parts import is_finished, measure_part, read_part, write_part
 from probing.planning import ProbePlan, extraction_options, plan_probing, timed
-from probing.probes.families import parse_probe
+from probing.probes.families import Structural, parse_probe, suits
 from probing.results import ProbeResults, summary_table
 from probing.scoring import SCORE_COLUMNS, item_table, score_table
 from probing.targets import label_values
 from probing.tasks.base import Task
+from probing.tree_fitting import fit_trees, order_words, tree_item_table, tree_score_table
 from spafit import io
 from spafit.errors import OutputError, SpafitError, TaskError
 from spafit.runtime import Progress, provenance
@@ -386,23 +387,32 @@ def _probe_one(
 
             present = [h for h in plan.hidden if h in own.hidden_of(site)]
             for probe in plan.settings.probe:
-                with timed(seconds, "fit probes"):
-                    fit: TaskFit = fit_task(
-                        task,
-                        plan.settings,
-                        hidden=present,
-                        states=reader(own),
-                        encoders={
-                            control: {s: reader(stores[control, s, task.corpus.name]) for s in plan.config.seeds}
-                            for control in plan.encoder_controls
-                        },
-                        baselines=baselines,
-                        family=parse_probe(probe),
-                        usable=usable,
-                        device="cpu" if plan.device.startswith("mps") else plan.device,
-                        progress=progress,
-                    )
+                family = parse_probe(probe)
+                if not suits(family, task):
+                    continue
+                common: dict[str, Any] = {
+                    "hidden": present,
+                    "states": reader(own),
+                    "encoders": {
+                        control: {s: reader(stores[control, s, task.corpus.name]) for s in plan.config.seeds}
+                        for control in plan.encoder_controls
+                    },
+                    "usable": usable,
+                    "device": "cpu" if plan.device.startswith("mps") else plan.device,
+                    "progress": progress,
+                }
                 where = {"stack": plan.stack.name, "site": site, "pooling": pooling, "probe": probe}
+                if isinstance(family, Structural):
+                    with timed(seconds, "fit probes"):
+                        found = fit_trees(task, plan.settings, rank=family.rank, **common)
+                    with timed(seconds, "score"):
+                        scores.append(tree_score_table(task, found, plan.settings, where=where))
+                        notes.append(order_words(scores[-1], blocks=plan.stack.num_blocks))
+                        items.append(tree_item_table(task, found, where=where))
+                    weights.update({f"{site}/{pooling}/{probe}/{k}": v for k, v in found.weights.items()})
+                    continue
+                with timed(seconds, "fit probes"):
+                    fit: TaskFit = fit_task(task, plan.settings, baselines=baselines, family=family, **common)
                 with timed(seconds, "score"):
                     scores.append(score_table(task, fit, plan.settings, where=where))
                     items.append(item_table(task, fit, where=where))
@@ -433,6 +443,8 @@ def _baselines(
     wanted = [c for c in plan.config.controls if is_baseline(c)]
     if not wanted:
         return {}, []
+    if task.kind == "tree":
+        return {}, [f"no control {c}: the task has trees" for c in wanted]
     rows = split_rows(task, plan.settings, label_values(task), usable)
     seeds = plan.config.seeds[:1] if rows.same_draw else plan.config.seeds
     reasons = {c: unsuited(c, task) for c in wanted}

@@ -19,7 +19,7 @@ from probing.tasks.base import LEVELS
 VARIANT = ("stack", "site", "pooling", "probe")
 MISSING = "—"
 #: Short names of the metrics beside a value, where not all tasks have accuracy.
-SHORT_METRICS = {"accuracy": "acc", "micro_f1": "F1", "r2": "R²"}
+SHORT_METRICS = {"accuracy": "acc", "micro_f1": "F1", "r2": "R²", "uuas": "UUAS"}
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -135,7 +135,7 @@ def variants(scores: pd.DataFrame, task: str) -> list[tuple[str, ...]]:
 def overview(scores: pd.DataFrame, summaries: pd.DataFrame) -> list[TaskRow]:
     """One :class:`TaskRow` per task and (stack, site, pooling, probe), by level, then in the order of the table."""
     rows = []
-    adjusted = [("bits", c) for c in ("random-encoder", "difference:random-encoder", "none")]
+    adjusted = [(m, c) for m in ("bits", "uuas") for c in ("random-encoder", "difference:random-encoder", "none")]
     every = reported(scores)
     for level, task in ordered_tasks(every):
         part = every[every["task"] == task]
@@ -168,7 +168,7 @@ def overview(scores: pd.DataFrame, summaries: pd.DataFrame) -> list[TaskRow]:
                 task=task,
                 variant=variant,
                 name="first_within_1se",
-                prefer=[("accuracy", "none"), *adjusted],
+                prefer=[("accuracy", "none"), ("uuas", "none"), *adjusted],
             )
             cog = statistic(
                 summaries,
@@ -307,13 +307,16 @@ def legend(rows: Sequence[TaskRow], *, width: int = 120) -> str:
     if adjusted:
         parts.append(f"CoG: emergence centre of gravity over hidden states, from {' or '.join(adjusted)}.")
     if score != "accuracy":
-        meant = {"acc": "accuracy", "F1": "F1 over all labels", "R²": "share of the test items' variance"}
+        meant = {"acc": "accuracy", "F1": "F1 over all labels", "R²": "share of the test items' variance",
+                 "UUAS": "share of dependency edges found"}  # fmt: skip
         parts.append("; ".join(f"{k}: {meant[k]}" for k in dict.fromkeys(SHORT_METRICS[r.metric] for r in rows)) + ".")
     parts.append(f"−rand, −ctrl: {score} minus the random encoder's and minus the word-type control task's, there.")
     splits = sorted({r.split for r in rows})
     usual = {"acc": "majority class", "F1": "most frequent set of labels", "R²": "mean"}
-    chance = " or ".join(dict.fromkeys(usual[SHORT_METRICS[r.metric]] for r in rows))
-    parts.append(f"chance: the training {chance}. Test split: {', '.join(splits)}. layers: from chance to best.")
+    trained = dict.fromkeys(usual[SHORT_METRICS[r.metric]] for r in rows if r.metric != "uuas")
+    chance = [f"the training {' or '.join(trained)}"] if trained else []
+    chance += ["the linear chain"] if any(r.metric == "uuas" for r in rows) else []
+    parts.append(f"chance: {' or '.join(chance)}. Test split: {', '.join(splits)}. layers: from chance to best.")
     return textwrap.fill(" ".join(parts), width)
 
 
@@ -407,6 +410,7 @@ def _cell(text: str) -> str:
 
 def _adjusted(metric: str, control: str) -> str:
     control = control.removeprefix("difference:")
+    metric = SHORT_METRICS[metric] if metric == "uuas" else metric
     return metric if control == "none" else f"{metric} − {control}"
 
 

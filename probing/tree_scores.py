@@ -16,7 +16,7 @@ The four measures are those of Hewitt & Manning (2019):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,6 +57,12 @@ class TreeScores:
     depth_spearman: np.ndarray = field(repr=False)
     has_root: np.ndarray = field(repr=False)
     right_root: np.ndarray = field(repr=False)
+
+    def of(self, chosen: np.ndarray) -> TreeScores:
+        """The scores of some sentences: a mask or positions, (S,)."""
+        per_hidden = {"right_edges", "distance_spearman", "depth_spearman", "right_root"}
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return TreeScores(**{n: v[:, chosen] if n in per_hidden else v[chosen] for n, v in parts.items()})
 
     def counted(self, metric: str) -> int:
         """Number of sentences that a metric is taken over."""

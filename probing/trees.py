@@ -11,6 +11,8 @@ import numpy as np
 from spafit.errors import DataError, UsageError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from probing.tasks.treebank import Sentence
 
 #: The universal part of speech whose words are left out of edge scores.
@@ -126,6 +128,30 @@ def treebank_trees(sentences: Sequence[Sentence]) -> list[Tree]:
         DataError: a sentence whose heads are not one tree (some word without a head, or two roots).
     """
     return [Tree.from_heads(s.heads, name=s.id, punctuation=[tag == PUNCTUATION for tag in s.upos]) for s in sentences]
+
+
+def item_trees(items: pd.DataFrame) -> list[Tree]:
+    """Trees of a task of trees, in the order of its items (:class:`probing.tasks.base.Task`, kind ``tree``).
+
+    Args:
+        items: rows with the columns ``group``, ``label`` (heads) and ``punctuation``; a sentence's rows stand together.
+
+    Raises:
+        DataError: a sentence whose rows are apart, or whose heads are not one tree.
+    """
+    groups = items["group"].astype(str).to_numpy()
+    heads, punctuation = items["label"].to_numpy(dtype=np.int64), items["punctuation"].to_numpy(dtype=bool)
+    starts = np.flatnonzero(np.concatenate([[True], groups[1:] != groups[:-1]]))
+    names = groups[starts]
+    seen: set[str] = set()
+    twice = next((n for n in names if n in seen or seen.add(n)), None)  # type: ignore[func-returns-value]
+    if twice is not None:
+        raise DataError(f"Sentence {twice!r} stands in two places among the items; its words must stand together.")
+    ends = [*starts[1:], len(groups)]
+    return [
+        Tree.from_heads(heads[a:b], name=name, punctuation=punctuation[a:b])
+        for a, b, name in zip(starts, ends, names, strict=True)
+    ]
 
 
 def length_groups(lengths: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

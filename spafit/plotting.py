@@ -48,6 +48,10 @@ METRIC_LABELS = {
     "micro_f1": "F1 over all labels",
     "r2": "R²",
     "spearman": "rank correlation",
+    "uuas": "UUAS",
+    "dspr": "rank correlation of distances",
+    "nspr": "rank correlation of depths",
+    "root_accuracy": "root accuracy",
     "bits": "bits saved per item",
 }
 

@@ -4,7 +4,10 @@
 ``linear``              logistic regression; for numbers ridge regression
 ``low-rank:R``          the same with weights of rank R: only R directions of the states are read
 ``mlp:W``               one hidden layer of W units, ``max(0, ·)``; ``mlp:W,dropout=P`` drops units in training
+``structural``          tree distances and depths from maps of rank 64 (``structural:R`` of rank R); for trees alone
 ======================  ================================================================================
+
+A run fits each family to the tasks that it suits: ``structural`` to trees, the others to everything else.
 
 Standardisation, splits, seeds, controls, intervals and files are the same for all. Families have different capacity, so
 their scores differ for that reason alone: compare a family's task with its own control task.
@@ -24,6 +27,7 @@ from probing.probes.lowrank import fit_low_rank_probes
 from probing.probes.mlp import fit_mlp_probes
 from probing.probes.outputs import absent_outputs, fixed_log_odds
 from probing.probes.ridge import RIDGE_L2, fit_ridge_probes
+from probing.probes.structural import RANK
 from probing.tasks.base import Kind, Task
 from spafit.errors import UsageError, did_you_mean
 
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Family(Protocol):
+class NamedFamily(Protocol):
     """One kind of probe with its settings."""
 
     @property
@@ -50,6 +54,10 @@ class Family(Protocol):
     def cost(self, n: int, width: int, outputs: int) -> float:
         """Rough number of multiplications that one fit on ``n`` items takes."""
         ...
+
+
+class Family(NamedFamily, Protocol):
+    """A kind of probe that reads items one by one."""
 
     def fit(
         self,
@@ -268,8 +276,61 @@ class Mlp:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Structural:
+    """Maps under which squared distances are tree distances and squared lengths depths (:mod:`.structural`).
+
+    Attributes:
+        rank: rows of the maps.
+    """
+
+    rank: int = RANK
+
+    @property
+    def name(self) -> str:
+        """``structural:R``."""
+        return f"structural:{self.rank}"
+
+    def check(self, task: Task, width: int | None) -> None:
+        """See :meth:`NamedFamily.check`: the rank goes up to the width."""
+        if width is not None and self.rank > width:
+            raise UsageError(
+                f"--probe {self.name}: rank {self.rank} is above the states' width ({width}). Use structural:{width} "
+                "or less."
+            )
+
+    def cost(self, n: int, width: int, outputs: int) -> float:
+        """Products of about forty passes over the words, forwards and back, for distances and depths."""
+        return 200.0 * n * width * self.rank
+
+
+def suits(family: NamedFamily, task: Task) -> bool:
+    """Whether a run fits this family to this task: structural probes to trees, the others to everything else."""
+    return isinstance(family, Structural) == (task.kind == "tree")
+
+
+def check_suited(families: Sequence[NamedFamily], tasks: Sequence[Task]) -> None:
+    """Refuse a task that no family suits, and a family that suits no task.
+
+    Raises:
+        UsageError: names it, with what to add or leave out.
+    """
+    for task in tasks:
+        if not any(suits(family, task) for family in families):
+            names = ", ".join(f.name for f in families)
+            other = "structural" if task.kind == "tree" else "linear"
+            raise UsageError(
+                f"--probe {names} fits no probe to task {task.name!r}, whose labels are "
+                f"{'trees' if task.kind == 'tree' else task.kind}. Add {other}, as in --probe {other},{names}."
+            )
+    for family in families:
+        if tasks and not any(suits(family, task) for task in tasks):
+            what = "of trees, such as conllu:PATH#tree" if isinstance(family, Structural) else "it suits"
+            raise UsageError(f"--probe {family.name}: there is no task {what}. Add one, or leave the probe out.")
+
+
 #: Spellings that error messages show.
-SPELLINGS = ("linear", "low-rank:R", "mlp:W", "mlp:W,dropout=P")
+SPELLINGS = ("linear", "low-rank:R", "mlp:W", "mlp:W,dropout=P", "structural:R")
 
 
 def split_probes(text: str) -> list[str]:
@@ -283,7 +344,7 @@ def split_probes(text: str) -> list[str]:
     return found
 
 
-def parse_probes(text: str) -> list[Family]:
+def parse_probes(text: str) -> list[Family | Structural]:
     """The families that a spelling such as ``linear,mlp:64`` names.
 
     Raises:
@@ -292,7 +353,7 @@ def parse_probes(text: str) -> list[Family]:
     return [parse_probe(piece) for piece in split_probes(text)]
 
 
-def parse_probe(text: str) -> Family:
+def parse_probe(text: str) -> Family | Structural:
     """The family that one spelling such as ``low-rank:4`` names.
 
     Raises:
@@ -300,20 +361,22 @@ def parse_probe(text: str) -> Family:
     """
     head, *options = text.split(",")
     family, _, size = head.partition(":")
-    if family not in ("linear", "low-rank", "mlp"):
+    if family not in ("linear", "low-rank", "mlp", "structural"):
         hint = did_you_mean(family, [s.partition(":")[0] for s in SPELLINGS])
         raise UsageError(f"--probe {text!r} is not known; use {', '.join(SPELLINGS)}.{hint}")
     if family == "linear":
         if size or options:
             raise UsageError(f"--probe {text!r}: the linear probe has no settings here. Write linear.")
         return Linear()
+    if family == "structural" and text == "structural":
+        return Structural()
     if not (size.isascii() and size.isdigit() and int(size) > 0):
-        what = "rank, such as low-rank:4" if family == "low-rank" else "number of hidden units, such as mlp:64"
+        what = "number of hidden units, such as mlp:64" if family == "mlp" else f"rank, such as {family}:4"
         raise UsageError(f"--probe {text!r} needs its {what}.")
-    if family == "low-rank":
+    if family != "mlp":
         if options:
-            raise UsageError(f"--probe {text!r}: a low-rank probe has no settings but its rank. Write low-rank:{size}.")
-        return LowRank(int(size))
+            raise UsageError(f"--probe {text!r}: a {family} probe has no settings but its rank. Write {family}:{size}.")
+        return LowRank(int(size)) if family == "low-rank" else Structural(int(size))
     dropout = 0.0
     for option in options:
         name, _, value = option.partition("=")

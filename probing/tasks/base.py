@@ -10,13 +10,14 @@ from typing import Literal, get_args
 import numpy as np
 import pandas as pd
 
+from probing.trees import item_trees
 from spafit.errors import TaskError
 from spafit.io import content_digest
 from spafit.runtime import generator
 
 Level = Literal["surface", "syntax", "semantics", "other"]
 Unit = Literal["word", "sentence", "pair", "span", "span-pair"]
-Kind = Literal["classes", "multilabel", "number"]
+Kind = Literal["classes", "multilabel", "number", "tree"]
 LEVELS: tuple[str, ...] = get_args(Level)
 UNITS: tuple[str, ...] = get_args(Unit)
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -98,7 +99,9 @@ class Task:
         notes: what was dropped, truncated or changed while reading, for the report.
         kind: what ``items.label`` holds. ``classes``: one position in ``labels``. ``multilabel``: positions in
             ``labels``, ascending and between commas in a string such as ``"3,17"``; empty where none applies.
-            ``number``: a finite float.
+            ``number``: a finite float. ``tree``: items are all words of whole sentences in their order, a sentence
+            being the items of one ``group``; the label is the number of the word's head in its sentence, counted
+            from 1, and 0 for the root. A boolean column ``punctuation`` marks words that tree scores leave out.
     """
 
     name: str
@@ -191,6 +194,11 @@ class Task:
         items, train = self.items, self.items["split"] == "train"
         if self.kind not in KINDS:
             raise TaskError(f"Task {self.name!r}: kind {self.kind!r} is not one of {', '.join(KINDS)}.")
+        if self.kind == "tree":
+            if self.unit != "word" or "punctuation" not in items:
+                raise TaskError(f"Task {self.name!r}: trees need items that are words, and the column punctuation.")
+            item_trees(items)
+            return
         if self.kind == "number":
             values = items["label"].to_numpy(dtype=np.float64)
             if not np.isfinite(values).all():
@@ -249,6 +257,12 @@ class Task:
         ranked = train[np.argsort(rank[self.items["text"].to_numpy()[train]], kind="stable")]
         labels = self.items["label"].to_numpy()
         drawn, rest = ranked[:wanted], ranked[wanted:]
+        if self.kind == "tree":  # whole sentences, of which the first always
+            groups = self.items["group"].to_numpy()[ranked]
+            if groups[wanted] == groups[wanted - 1]:
+                cut = int(np.flatnonzero(groups == groups[wanted])[0])
+                drawn = ranked[: cut or int((groups == groups[0]).sum())]
+            return np.sort(drawn)
         if self.kind == "number":
             return np.sort(drawn)
         if self.kind == "multilabel":

@@ -15,6 +15,7 @@ import pandas as pd
 
 from probing.tasks.base import Corpus, Level, Task, Text, Unit
 from probing.tasks.treebank import Sentence, Treebank
+from probing.trees import PUNCTUATION
 from spafit.errors import TaskError, UnknownTaskError, did_you_mean
 from spafit.runtime import generator
 
@@ -101,7 +102,7 @@ _WORD_TASKS = {
 }
 _SENTENCE_TASKS = ("tree_depth", "length", "word_content", "bigram_shift")
 #: Names that may follow ``#`` in a ``conllu:`` reference, besides ``feats.<KEY>``.
-DERIVATIONS = (*_WORD_TASKS, "feats", *_SENTENCE_TASKS)
+DERIVATIONS = (*_WORD_TASKS, "feats", *_SENTENCE_TASKS, "tree")
 
 
 def treebank_tasks(treebank: Treebank, names: Sequence[str] | None = None) -> list[Task]:
@@ -154,6 +155,8 @@ def _derive(treebank: Treebank, name: str) -> Task:
         )  # fmt: skip
     if name == "word_content":
         return _word_content(treebank)
+    if name == "tree":
+        return _tree_task(treebank)
     if name == "bigram_shift":
         return _bigram_shift(treebank)
     raise UnknownTaskError(
@@ -238,6 +241,30 @@ def _word_task(treebank: Treebank, name: str, spec: _Words) -> Task:
     items.insert(6, "control", [sentences[i].words[j].lower() for i, j in zip(owner, span, strict=True)])
     notes = [f"{missing} word(s) {spec.missing} are no items."] if missing and spec.missing else []
     return _finish(treebank, name, spec.level, "word", spec.description, items, classes=spec.classes, notes=notes)
+
+
+def _tree_task(treebank: Treebank) -> Task:
+    """Dependency trees of whole sentences, for structural probes; a word's label is the number of its head."""
+    whole = [i for i, s in enumerate(treebank.sentences) if all(head >= 0 for head in s.heads)]
+    if not whole:
+        raise TaskError(f"Task '{treebank.name}.tree' has no items: no sentence has all its heads.")
+    sentences = [treebank.sentences[i] for i in whole]
+    owner = np.repeat(np.arange(len(whole)), [len(s.words) for s in sentences])
+    span = np.concatenate([np.arange(len(s.words)) for s in sentences])
+    items = _sentence_columns(sentences).iloc[owner].reset_index(drop=True)
+    items.insert(0, "item", [f"{sentences[i].id}:{j + 1}" for i, j in zip(owner, span, strict=True)])
+    items.insert(1, "text", treebank.text_of[np.array(whole)[owner]])
+    items.insert(2, "span", span)
+    items.insert(3, "label", np.concatenate([s.heads for s in sentences]).astype(np.int64))
+    items.insert(6, "control", [word.lower() for s in sentences for word in s.words])
+    items["punctuation"] = [tag == PUNCTUATION for s in sentences for tag in s.upos]
+    missing = len(treebank.sentences) - len(whole)
+    notes = [*treebank.notes, *([f"{missing} sentence(s) with words without a head are left out."] if missing else [])]
+    return Task(
+        name=f"{treebank.name}.tree", level="syntax", unit="word", labels=(), corpus=treebank.corpus, items=items,
+        description="The dependency tree of a sentence: distances between its words and their depths.",
+        source=treebank.source, licence=treebank.licence, citation=treebank.citation, notes=tuple(notes), kind="tree",
+    ).validate()  # fmt: skip
 
 
 def _features(cell: str) -> dict[str, str]:
