@@ -246,7 +246,7 @@ def _results(side: Side, *, quiet: bool) -> ProbeResults | None:
 def _forgetting(name: str, first: Side, side: Side, *, n_boot: int, quiet: bool) -> list[pd.DataFrame]:
     tables = []
     assert first.results is not None
-    tasks = [t for t in first.results.tasks if side.results is None or t in side.results.tasks]
+    tasks = [t for t in first.results.tasks_with_bits if side.results is None or t in side.results.tasks]
     with Progress(f"Comparing {name}", len(tasks), quiet=quiet) as progress:
         for task in tasks:
             found = read_task(first, side, task)
@@ -336,6 +336,9 @@ def _facts(first: Side, side: Side, reference: Any) -> dict[str, Any]:
 
 def _notes(first: Side, sides: dict[str, Side]) -> list[str]:
     notes = [] if first.results is None else list(first.results.run["warnings"])
+    if first.results is not None:
+        trees = [t for t in first.results.tasks if t not in first.results.tasks_with_bits]
+        notes += [f"{t}: structural probes are not compared; their scores stand in each model's own run" for t in trees]
     for name, side in sides.items():
         notes += [f"{name}: {n}" for n in (() if side.results is None else side.results.run["warnings"])]
     return list(dict.fromkeys(notes))

@@ -30,7 +30,7 @@ SIZES = {"train": 150, "dev": 30, "test": 60}
 def treebank(tmp_path: Path, *, train: int = 30, other: int = 10) -> Path:
     """A treebank whose sentences differ in their words and come in two shapes."""
     folder = tmp_path / "made"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     nouns, verbs = ("dogs", "cats", "birds", "trains"), ("bark", "sleep", "run", "sing")
     for split, n in (("train", train), ("dev", other), ("test", other)):
@@ -253,3 +253,31 @@ def test_a_sentence_without_all_heads_is_left_out(tmp_path: Path) -> None:
     (task,) = treebank_tasks(read_treebank(folder), ["tree"])
     assert task.items["group"].nunique() == 6
     assert any("3 sentence(s)" in n for n in task.notes)
+
+
+def test_comparing_runs_leaves_trees_out_and_says_so(tmp_path: Path, small_bert: Path, cache: Path) -> None:
+    from analysis.comparing import compare
+
+    folders = []
+    for name in ("one", "two"):
+        folders.append(tmp_path / name)
+        probe_layers(
+            str(small_bert), [f"conllu:{treebank(tmp_path)}#upos,tree"], probe=["linear", "structural:4"], seeds=1,
+            max_train=100, n_boot=100, out=folders[-1], quiet=True,
+        )  # fmt: skip
+    found = compare(str(folders[0]), str(folders[1]), drift=False, n_boot=100, out=tmp_path / "both", quiet=True)
+    assert set(found.forgetting["task"]) == {"made.upos"}
+    assert any("made.tree" in n for n in found.run["notes"])
+
+
+def test_rows_of_trees_are_shown(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from analysis.cli.main import app
+
+    shown = CliRunner().invoke(app, ["tasks", "rows", f"conllu:{treebank(tmp_path)}#tree"])
+    assert shown.exit_code == 0, shown.output
+    assert "root" in shown.output
+    assert "head 3" in shown.output
+    described = CliRunner().invoke(app, ["tasks", "show", f"conllu:{tmp_path / 'made'}#tree"])
+    assert described.exit_code == 0, described.output

@@ -165,9 +165,11 @@ def _plain(value: Any) -> str:
 
 
 def _label(task: Task, label: Any) -> str:
-    """What an item's label stands for: a class, several between semicolons, or a number."""
+    """What an item's label stands for: a class, several between semicolons, a number, or the number of a head."""
     if task.kind == "number":
         return f"{label:g}"
+    if task.kind == "tree":
+        return f"head {label}" if label else "root"
     positions = [int(i) for i in label.split(",") if i] if task.kind == "multilabel" else [label]
     return "; ".join(task.labels[i] for i in positions)
 
