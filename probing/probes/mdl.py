@@ -210,7 +210,7 @@ def _later_blocks(
     """Bits of every block after the first, and its fit's distance from the minimum in bits per item, (M, blocks-1)."""
     import torch
 
-    from probing.probes.solver import GRAM_ROWS, Fits, Gram, solve
+    from probing.probes.solver import Fits, Gram, solve
 
     n_sets, n_classes = len(labels), problem.classes
     # The solver's first class must be present, and so is the first item's label in every block.
@@ -219,11 +219,9 @@ def _later_blocks(
     sets = torch.arange(n_sets, device=problem.device)
     coefficients = torch.zeros(n_sets, n_classes, problem.width + 1, device=problem.device)
     bits, gap = np.zeros((n_sets, len(ends) - 1)), np.zeros((n_sets, len(ends) - 1))
-    gram = None
+    gram = Gram(rows)  # of states, which both parties know; it steers the solver and moves no minimum
     for i, (known, stop) in enumerate(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)):
         present = np.stack([np.bincount(row[:known], minlength=n_classes) > 0 for row in labels])
-        if gram is None or ends[i - 1] < max(GRAM_ROWS, 4 * problem.width):
-            gram = Gram(rows[:known])
         penalties = torch.full((n_sets,), l2 * problem.n / known, device=problem.device)
         taking_part = torch.from_numpy(present).to(problem.device)
         found = solve(

@@ -5,7 +5,18 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("extraction", "probe_grid", "memory", "command", "training", "before_after", "probe_families", "mixing")
+NAMES = (
+    "extraction",
+    "probe_grid",
+    "memory",
+    "command",
+    "training",
+    "before_after",
+    "probe_families",
+    "mixing",
+    "codes",
+    "structural",
+)
 
 if __name__ == "__main__":
     chosen = sys.argv[1:] or NAMES
