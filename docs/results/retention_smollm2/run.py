@@ -18,7 +18,7 @@ import pandas as pd
 HERE = Path(__file__).parent
 METHODS = ("lora", "spafit-scaled-I")
 SEEDS = (0,)
-ITEMS, PAIRS, TEST_CHARACTERS, REFIT_CHARACTERS = 600, 10, 40_000, 24_000
+ITEMS, PAIRS, TEST_CHARACTERS, REFIT_CHARACTERS = 4000, 10, 40_000, 24_000
 
 
 def run(gguf: Path, glue: Path, wikitext: Path, blimp: Path, work: Path) -> None:
@@ -77,7 +77,7 @@ def write_page() -> None:
     lines = [
         "# What classification tuning left of SmolLM2's language",
         "",
-        f"SmolLM2-135M-Instruct (weights de-quantised from 4 bits, so not exactly those that were trained), tuned on {ITEMS} "
+        f"SmolLM2-135M-Instruct (weights de-quantised from 4 bits, so not exactly those that were trained), tuned on {ITEMS:,} "
         f"items of SST-2 for one epoch, one seed; its original language-model head grafted on the tuned body. Bits per token "
         f"on the first {TEST_CHARACTERS:,} characters of WikiText-2's test text, windows of 256 tokens; BLiMP with {PAIRS} "
         "pairs of each of 67 paradigms. *Refitted*: an affine map from the tuned last states to the original ones, fitted on "
