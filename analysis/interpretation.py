@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.localization import LocalizationTest, localization_test
+from analysis.sensitivity import unstable_tasks
 from analysis.suggestion import StrataSuggestion, suggest_strata
 from probing.results import ProbeResults
 from spafit import __version__, io
@@ -62,8 +63,12 @@ def interpret(results: ProbeResults, *, rewrite: bool = False) -> Interpretation
     from analysis.report import write_report
 
     model = results.run["model"]
+    folder = results.folder
+    assert folder is not None
     curves = results.curves(adjusted_by="random-encoder")
-    localization = localization_test(curves, num_blocks=model["blocks"])
+    unstable = unstable_tasks(folder)
+    stable = [c for c in curves if c.task not in unstable]
+    localization = localization_test(stable or curves, num_blocks=model["blocks"])
     suggestion = suggest_strata(
         curves,
         num_blocks=model["blocks"],
@@ -71,9 +76,10 @@ def interpret(results: ProbeResults, *, rewrite: bool = False) -> Interpretation
         model_id=model["name"],
         bias_roles=tuple(model["bias_roles"]),
     )
-    folder = results.folder
-    assert folder is not None
     verdict = localization.to_dict()
+    left_out = {c.task: unstable[c.task] for c in curves if c.task in unstable}
+    if left_out:
+        verdict = _without_unstable(verdict, left_out, nothing_left=not stable)
     io.write_json(folder / "verdict.json", verdict)
     suggestion.config.save(folder / "strata.yaml")
     written = folder / "figures" / "written.json"
@@ -90,6 +96,13 @@ def interpret(results: ProbeResults, *, rewrite: bool = False) -> Interpretation
     content = {"sources": sources, "paths": [p.relative_to(folder).as_posix() for p in paths]}
     io.write_json(written, content)
     return Interpretation(results, localization, suggestion, (*paths, *tables))
+
+
+def _without_unstable(verdict: dict[str, Any], left_out: dict[str, str], *, nothing_left: bool) -> dict[str, Any]:
+    """The verdict with the tasks that sensitivity ruled out; inconclusive if that leaves none."""
+    words = f"Left out as unstable ({len(left_out)}): " + "; ".join(f"{t}: {why}" for t, why in left_out.items()) + "."
+    found = {**verdict, "unstable": left_out, "sentence": f"{verdict['sentence']} {words}"}
+    return {**found, "verdict": "inconclusive"} if nothing_left else found
 
 
 def _sources(results: ProbeResults, verdict: dict[str, Any]) -> str:

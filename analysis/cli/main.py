@@ -16,6 +16,8 @@ from analysis.cli.glue import EXAMPLES as GLUE_EXAMPLES
 from analysis.cli.glue import glue
 from analysis.cli.probe import EXAMPLES, probe
 from analysis.cli.report import report
+from analysis.cli.sensitivity import EXAMPLES as SENSITIVITY_EXAMPLES
+from analysis.cli.sensitivity import sensitivity
 from analysis.cli.summarize import summarize
 from analysis.cli.tasks import tasks_app
 from analysis.cli.tradeoff import EXAMPLES as TRADEOFF_EXAMPLES
@@ -40,6 +42,7 @@ app.command("merge")(merge)
 app.command("glue", epilog=GLUE_EXAMPLES)(glue)
 app.command("compare", epilog=COMPARE_EXAMPLES)(compare)
 app.command("tradeoff", epilog=TRADEOFF_EXAMPLES)(tradeoff)
+app.command("sensitivity", epilog=SENSITIVITY_EXAMPLES)(sensitivity)
 app.command("report")(report)
 app.command("summarize")(summarize)
 app.command("cite")(cite)
