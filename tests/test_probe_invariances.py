@@ -19,6 +19,7 @@ from probing.probes.structural import fit_structural_probes
 from probing.probes.variational import variational_code
 from probing.tasks.base import Kind
 from probing.tree_scores import score_trees
+from probing.trees import Tree
 from spafit.runtime import generator
 from tests.structural_fixtures import planted_tree_states, random_trees, rotation
 
@@ -138,7 +139,7 @@ def test_attention_over_spans_knows_neither_axes_nor_order():
     permuted = bits([(train[0], train[1], train[2][order]), dev, test])
     print(plain, rotated, reordered, permuted)
     # Where a fit stops is decided by dev every five steps, so optima agree less closely than a solver's tolerance.
-    assert abs(rotated - plain) < 0.03
+    assert abs(rotated - plain) < 0.02
     assert abs(reordered - plain) < 0.02
     assert plain < np.log2(3) - 0.4
     assert permuted > np.log2(3) - 0.03  # labels of other spans
@@ -208,35 +209,39 @@ def test_a_mix_of_layers_knows_no_order_of_items():
 
 
 def test_structural_probes_know_no_order_of_sentences_and_find_no_trees_of_other_sentences():
-    width, counts = 6, {"train": 300, "dev": 60, "test": 80}
+    width, counts = 6, {"train": 600, "dev": 80, "test": 100}
     trees = {split: random_trees(count, width, seed=split, shortest=3) for split, count in counts.items()}
     states = {split: planted_tree_states(t, width, seed=split)[None] for split, t in trees.items()}
-    lengths = [len(t) for t in trees["test"]]
+    lengths, random = [len(t) for t in trees["test"]], generator(0, "order of sentences")
 
-    def scores(rows: np.ndarray, golds: np.ndarray) -> tuple[float, float, float]:
-        """Dev losses of both probes and UUAS, for sentences ``rows`` with the trees of sentences ``golds``."""
-        parts = np.split(states["train"], np.cumsum([len(t) for t in trees["train"]])[:-1], axis=1)
-        x = np.concatenate([parts[i] for i in rows], 1)
-        fit = fit_structural_probes(x, [trees["train"][i] for i in golds], states["dev"], trees["dev"], rank=width)
+    def scores(x: np.ndarray, gold: dict[str, list[Tree]]) -> tuple[float, float, float]:
+        """Dev losses of both probes, and UUAS."""
+        fit = fit_structural_probes(x, gold["train"], states["dev"], gold["dev"], rank=2 * width)
         found = score_trees(
-            fit.distances(states["test"], lengths), fit.depths(states["test"], lengths), trees["test"]
+            fit.distances(states["test"], lengths), fit.depths(states["test"], lengths), gold["test"]
         ).means("uuas", np.ones((1, len(lengths))))[0, 0]
-        return fit.distance.dev_loss[0], fit.depth.dev_loss[0], float(found)
+        return float(fit.distance.dev_loss[0]), float(fit.depth.dev_loss[0]), float(found)
 
-    random, every = generator(0, "order of sentences"), np.arange(counts["train"])
-    other = every.copy()
-    for n in {len(t) for t in trees["train"]}:
-        own = np.flatnonzero([len(t) == n for t in trees["train"]])
-        other[own] = random.permutation(own)
-    plain, order = scores(every, every), random.permutation(every)
-    reordered, wrong = scores(order, order), scores(every, other)
-    print(plain, reordered, wrong)
-    # Sentences come in batches by their position, so the paths differ and the optimum agrees as after a rotation.
-    assert max(abs(one - two) for one, two in zip(plain[:2], reordered[:2], strict=True)) < 0.02
-    assert plain[2] == pytest.approx(reordered[2], abs=0.01)
+    def of_others(own: list[Tree]) -> list[Tree]:
+        """For each sentence the tree of another one as long."""
+        sizes, given = np.array([len(t) for t in own]), np.arange(len(own))
+        for n in np.unique(sizes):
+            given[sizes == n] = random.permutation(given[sizes == n])
+        return [own[i] for i in given]
+
+    plain, order = scores(states["train"], trees), random.permutation(counts["train"])
+    parts = np.split(states["train"], np.cumsum([len(t) for t in trees["train"]])[:-1], axis=1)
+    moved = np.concatenate([parts[i] for i in order], 1)
+    reordered = scores(moved, {**trees, "train": [trees["train"][i] for i in order]})
+    wrong = scores(states["train"], {split: of_others(own) for split, own in trees.items()})
     edges = np.array(lengths) - 1
+    chance = (edges * 2 / np.array(lengths)).sum() / edges.sum()
+    print(plain, reordered, wrong, chance)
+    # Batches hold sentences by their position, so training takes another path to the same optimum.
+    assert max(abs(one - two) for one, two in zip(plain[:2], reordered[:2], strict=True)) < 0.005
+    assert plain[2] == pytest.approx(reordered[2], abs=0.01)
     assert plain[2] > 0.98
-    assert abs(wrong[2] - (edges * 2 / np.array(lengths)).sum() / edges.sum()) < 0.15  # the share of chance
+    assert abs(wrong[2] - chance) < 0.08
     assert wrong[0] > 10 * plain[0]
 
 
