@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional
 
+import analysis
+import probing
+import spafit
 from analysis.attribution import item_conductance
 from analysis.causal import windows
 from analysis.hsic import Shift
@@ -43,7 +47,6 @@ from spafit.models import load_model, randomize_weights
 from spafit.runtime import generator
 from spafit.stats import max_t
 from tests.extraction_fixtures import some_texts, tiny_loaded
-from tests.paths import ROOT
 from tests.structural_fixtures import planted_tree_states, random_trees
 
 LN2 = float(np.log(2))
@@ -491,7 +494,7 @@ def test_no_setting_is_an_enumeration_that_a_comparison_with_its_spelling_would_
         plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         return plain | {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
 
-    files = [path for package in ("spafit", "probing", "analysis") for path in (ROOT / package).rglob("*.py")]
+    files = [path for package in (spafit, probing, analysis) for path in Path(package.__path__[0]).rglob("*.py")]
     assert len(files) > 100
     assert [str(p) for p in files if "enum" in imported(ast.parse(p.read_text(encoding="utf-8")))] == []
     assert "enum" in imported(ast.parse("from enum import Enum"))
