@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
-from spafit.errors import ModelError, UsageError
+from spafit.errors import ModelError, UsageError, check_choice
 from spafit.layout import join_path
 from spafit.stats import BootstrapDraw, interval
 
@@ -134,9 +134,14 @@ def item_conductance(
         rule: ``trapezoid`` takes the mean of the gradients at both ends of an interval, ``left`` that at its beginning,
             as captum's ``LayerConductance`` does.
         alphas: other places between 0 and 1 than equal ones.
+
+    Raises:
+        ModelError: see :func:`conductance`.
+        UsageError: another rule.
     """
     import torch
 
+    check_choice("rule", rule, get_args(Rule))
     device = next(model.parameters()).device
     tokens = torch.as_tensor([list(ids)], device=device)
     real, start = _ends(model, tokens, baseline_id, keep)

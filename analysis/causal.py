@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import pandas as pd
 
-from spafit.errors import ModelError, UsageError, did_you_mean
+from spafit.errors import ModelError, UsageError, check_choice, did_you_mean
 from spafit.layout import is_inside, join_path
 from spafit.runtime import Progress, generator
 
@@ -41,7 +41,12 @@ _STACKS: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[str, type], ...], Stack]
 
 
 def windows(num_blocks: int, kind: Literal["single", "prefix", "suffix"]) -> list[tuple[int, int]]:
-    """Half-open ranges of blocks: each alone, the first 1 … L, or the last 1 … L."""
+    """Half-open ranges of blocks: each alone, the first 1 … L, or the last 1 … L.
+
+    Raises:
+        UsageError: another kind.
+    """
+    check_choice("kind", kind, ("single", "prefix", "suffix"))
     if kind == "single":
         return [(k, k + 1) for k in range(num_blocks)]
     if kind == "prefix":

@@ -50,7 +50,18 @@ class NumericalError(SpafitError):
     """Activations or fits that are not finite."""
 
 
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Refuse a setting that is none of its spellings, so that no comparison with one of them goes the other way.
+
+    Raises:
+        UsageError: names the setting, what it is, and what it can be.
+    """
+    choices = list(allowed)
+    if value not in choices:
+        raise UsageError(f"{name} is {value!r}; it can be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}.")
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` with the closest of ``options``, or an empty string if none is close."""
-    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(name), list(options), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spafit.digests import model_digest, tokenizer_digest
-from spafit.errors import ModelError
+from spafit.errors import ModelError, check_choice
 from spafit.hub import locate, quiet
 from spafit.loading import adapter_base, load_adapted, load_backbone, load_tokenizer
 from spafit.runtime import generator, torch_seed
@@ -166,7 +166,11 @@ def randomize_weights(
     The result depends on ``seed`` alone, shares no storage with ``loaded``, and the global generators keep their
     state. A module outside transformers is re-initialised through its layers' ``reset_parameters``; a bare parameter
     that no layer resets is drawn from a normal distribution with the mean and spread that it has, and a note says so.
+
+    Raises:
+        UsageError: another ``how``.
     """
+    check_choice("how", how, ("initialise", "permute"))
     old = loaded.model
     first = next(old.parameters())
     if how == "permute":

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from scipy import stats as scipy_stats
 
-from spafit.errors import NumericalError, UsageError
+from spafit.errors import NumericalError, UsageError, check_choice
 from spafit.runtime import generator
 
 Alternative = Literal["two-sided", "greater", "less"]
@@ -317,7 +317,11 @@ def paired_cluster_test(
 
     Returns:
         p-values, shape (curves,).
+
+    Raises:
+        UsageError: another alternative.
     """
+    check_choice("alternative", alternative, get_args(Alternative))
     codes, sizes = _clusters(groups)
     sums = _group_sums(np.atleast_2d(np.asarray(differences, dtype=np.float64)), codes, len(sizes))
     n_groups = len(sizes)
@@ -370,7 +374,11 @@ def max_t(
         ``(p, critical)``: family-wise adjusted p-values, shape (curves,), and the number of standard errors that a
         simultaneous band of the given level extends around the estimates. A curve that never varies gets p = 1 if
         it is zero and the smallest p otherwise.
+
+    Raises:
+        UsageError: another alternative.
     """
+    check_choice("alternative", alternative, get_args(Alternative))
     estimates, replicates = np.asarray(estimates, float), np.asarray(replicates, float)
     errors = replicates.std(axis=0, ddof=1)
     varies = errors > 1e-12 * np.abs(replicates).max(axis=0)  # rounding alone does not count

@@ -30,7 +30,7 @@ from probing.probes.linear import (
     log_softmax_with_absent,
 )
 from probing.probes.standardise import moments, standardised_rows
-from spafit.errors import NumericalError, UsageError
+from spafit.errors import NumericalError, UsageError, check_choice
 from spafit.runtime import generator
 
 if TYPE_CHECKING:
@@ -101,9 +101,13 @@ class OnlineCode:
         Columns of both: ``hidden`` (position in the call), ``label_set``, ``seed``, ``l2``, ``bits``, ``converged``.
         Codes: ``n_items``, ``n_classes``, ``uniform_bits``, ``compression``. Blocks: ``start`` and ``stop``, half-open
         positions in the shuffled items.
+
+        Raises:
+            UsageError: ``rows`` is neither.
         """
         import pandas as pd
 
+        check_choice("rows", rows, ("codes", "blocks"))
         whole = rows == "codes"
         bits, converged = (self.bits, self.converged.all(2)) if whole else (self.block_bits, self.converged)
         index = np.indices(bits.shape)
@@ -272,8 +276,9 @@ def published_compression(
             to compare.
 
     Raises:
-        UsageError: a code length below its own first block.
+        UsageError: a code length below its own first block, or other units.
     """
+    check_choice("units", units, ("bits", "legacy_nats"))
     first = float(block_ends(n_items, n_classes)[0] * np.log2(n_classes))
     if not np.isfinite(kbit) or kbit * KBIT < first:
         raise UsageError(
