@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -167,7 +168,8 @@ def fit_task(
         some = read(hidden[0], train[:200])  # how many words the spans have varies from item to item
         for k in hidden_chunks(hidden, n_items, some.size // len(some)):
             chosen = [hidden[j] for j in range(*k.indices(len(hidden)))]
-            x_train, x_dev, x_test = (stack_states([read(h, r) for h in chosen]) for r in (train, rows.dev, rows.test))
+            x: list[Any] = [stack_states([read(h, r) for h in chosen]) for r in (train, rows.dev, rows.test)]
+            x_train, x_dev, x_test = x
             found = family.fit(
                 x_train,
                 np.stack([a.values[train] for _, _, a in sets]),
