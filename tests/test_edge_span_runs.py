@@ -277,7 +277,7 @@ def test_labels_of_which_a_span_has_several_are_read_from_means(small_bert: Path
     items = found.items(next(iter(found.run["tasks"])))
     right = (items["label"].astype(str) == items["prediction"].astype(str)).groupby(items["hidden"]).mean()
     assert right.max() > 0.95
-    with pytest.raises(UsageError, match="no task of classes of spans of one label each"):
+    with pytest.raises(UsageError, match="no task of spans with one label each"):
         probe_layers(
             str(small_bert), [f"edges:{tmp_path}"], probe=["linear", "edge-span:attention"], out=tmp_path / "no",
             quiet=True,
@@ -324,7 +324,7 @@ def test_probes_of_before_are_read_on_the_words_after_training(small_bert: Path,
 def test_other_tasks_are_refused_in_one_sentence(tmp_path: Path, name: str, make, what: str) -> None:
     with pytest.raises(UsageError, match=rf"^--probe {name} fits no probe to task .* labels are {what}\. Add linear"):
         probe_layers("no-model", [make()], probe=[name], out=tmp_path / "run", quiet=True)
-    with pytest.raises(UsageError, match=rf"^--probe {name}: there is no task of classes of spans.*iob:PATH#spans"):
+    with pytest.raises(UsageError, match=rf"^--probe {name}: there is no task of (labelled )?spans.*iob:PATH#spans"):
         probe_layers("no-model", [make()], probe=["linear", name], out=tmp_path / "run", quiet=True)
 
 
@@ -334,7 +334,7 @@ def test_trees_and_arrays_and_other_spellings_are_refused(tmp_path: Path) -> Non
     reference = f"conllu:{treebank(tmp_path)}#tree"
     with pytest.raises(UsageError, match=r"whose labels are trees\. Add structural"):
         probe_layers("no-model", [reference], probe=["edge-span"], quiet=True)
-    with pytest.raises(UsageError, match="there is no task of classes of spans"):
+    with pytest.raises(UsageError, match="there is no task of labelled spans"):
         probe_layers("no-model", [reference], probe=["structural:4", "edge-span"], quiet=True)
     with pytest.raises(UsageError, match="edge-span probes read every word"):
         probe_arrays(np.zeros((1, 20, 4), dtype=np.float32), np.arange(20) % 2, probe="edge-span:attention")

@@ -357,8 +357,8 @@ def check_suited(families: Sequence[NamedFamily], tasks: Sequence[Task]) -> None
             if isinstance(family, Structural):
                 what = "of trees, such as conllu:PATH#tree"
             elif reads_words(family):
-                one = " of one label each" if isinstance(family, EdgeAttention) else ""
-                what = f"of classes of spans{one}, such as iob:PATH#spans"
+                one = "spans with one label each" if isinstance(family, EdgeAttention) else "labelled spans"
+                what = f"of {one}, such as iob:PATH#spans"
             raise UsageError(f"--probe {family.name}: there is no task {what}. Add one, or leave the probe out.")
 
 
