@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 
 from analysis.alignment import Alignment, fit_alignment
-from probing.item_states import item_states, rows_of_items
+from probing.item_states import family_states, rows_of_items
 from probing.planning import ProbePlan, extraction_options
+from probing.probes.families import parse_probe
+from probing.probes.span_words import SpanWords
 from probing.results import ProbeResults
 from probing.tasks.base import Task
 from probing.transfer import StoredProbe, stored_probes
@@ -247,8 +249,9 @@ def _fill_transferred(
     task = next(t for t in first.plan.tasks if t.name == keys["task"])
     pooling = keys["pooling"]
     own, theirs = first.store(task.corpus.name), side.store(task.corpus.name)
+    family = parse_probe(keys["probe"])
     _, usable = rows_of_items(first.plan, task, own)
-    new_rows, new_usable = rows_of_items(side.plan, task, theirs)
+    new_rows, new_usable = rows_of_items(side.plan, task, theirs, family=family)
     split = task.items["split"].to_numpy()
     test = np.flatnonzero(~np.isin(split, ("train", "dev")) & usable)
     same = np.array_equal(task.items["item"].astype(str).to_numpy()[test], items.astype(str))
@@ -260,18 +263,20 @@ def _fill_transferred(
         first.folder, task, first.plan.settings, usable=usable, site="block", pooling=pooling, probe=keys["probe"]
     )
     for k, h in changed:
-        states = item_states(task, theirs, new_rows[test], pooling=pooling, hidden=h)
+        states = family_states(family, task, theirs, new_rows[test], pooling=pooling, hidden=h)
         _fill(values, 1, k, probes, h, states, test)
         alignment = _alignment(first, side, task, pooling, h)
         if isinstance(alignment, str):
             reasons[k] = alignment
         else:
-            aligned = item_states(task, theirs, new_rows[test], pooling=pooling, hidden=h, each=alignment.apply)
+            aligned = family_states(
+                family, task, theirs, new_rows[test], pooling=pooling, hidden=h, each=alignment.apply
+            )
             _fill(values, 2, k, probes, h, aligned, test)
 
 
 def _fill(
-    values: Readings, reading: int, k: int, probes: Any, hidden: int, states: np.ndarray, test: np.ndarray
+    values: Readings, reading: int, k: int, probes: Any, hidden: int, states: np.ndarray | SpanWords, test: np.ndarray
 ) -> None:
     """Score states with the stored probes of one hidden state; a fit that seeds share is scored once."""
     for control, four in values.items():

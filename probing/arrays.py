@@ -10,7 +10,7 @@ import pandas as pd
 
 from probing.config import check_penalties, seed_numbers
 from probing.fitting import ProbeSettings, States, fit_task
-from probing.probes.families import Structural, parse_probes
+from probing.probes.families import Structural, parse_probes, reads_words
 from probing.results import ProbeResults, summary_table
 from probing.scoring import item_table, score_table
 from probing.tasks.base import Corpus, Kind, Level, Task, Text
@@ -71,6 +71,11 @@ def probe_arrays(
         raise UsageError(
             "structural probes need trees, which labels of single items are not. Use "
             "probing.tree_scores.structural_arrays(states, trees)."
+        )
+    if any(reads_words(f) for f in families):
+        raise UsageError(
+            "edge-span probes read every word of a span, of which X has one state. Use "
+            "probing.probes.edge_span.fit_edge_attention(words, spans, labels, …), or the linear probe."
         )
     states = np.asarray(X)
     if states.ndim != 3:

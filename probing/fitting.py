@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from probing.baselines import BaselineOutputs
 from probing.controls import control_labels
 from probing.probes.families import Family, Linear
+from probing.probes.span_words import SpanWords, stack_states
 from probing.targets import Answers, LabelSets, label_values, varies
 from probing.tasks.base import Kind, Task
 from spafit.errors import TaskError
 
 #: Reads states: (hidden index, positions in ``task.items``) -> float32 array (positions, width).
 States = Callable[[int, np.ndarray], np.ndarray]
+#: The same for any family: one that attends to the words of spans reads them all.
+Features = Callable[[int, np.ndarray], np.ndarray | SpanWords]
 
 #: Memory that one group of hidden states may take while it is fitted, in bytes.
 CHUNK_BYTES = 600_000_000
@@ -108,8 +112,8 @@ def fit_task(
     settings: ProbeSettings,
     *,
     hidden: Sequence[int],
-    states: States,
-    encoders: Mapping[str, Mapping[int, States]],
+    states: Features,
+    encoders: Mapping[str, Mapping[int, Features]],
     baselines: Mapping[str, Mapping[int, BaselineOutputs]] | None = None,
     family: Family | None = None,
     usable: np.ndarray | None = None,
@@ -122,7 +126,7 @@ def fit_task(
         task: a validated task.
         settings: seeds, penalties and controls.
         hidden: hidden indices to probe.
-        states: reads the model's states.
+        states: reads the model's states as the family needs them.
         encoders: for each control that is an encoder of its own, and each seed, reads that encoder's states.
         baselines: for each baseline and each seed that draws items of its own, its outputs for the test items.
         family: the probe family; linear by default.
@@ -157,13 +161,15 @@ def fit_task(
                 record.put(name, seed, k, own, *scored, float("nan"), True)
 
     def fit(
-        encoder: str, read: States, train: np.ndarray, sets: Sequence[tuple[str, int, Answers]], *, seed: int
+        encoder: str, read: Features, train: np.ndarray, sets: Sequence[tuple[str, int, Answers]], *, seed: int
     ) -> None:
         """Fit these label sets, the task's first, on the states of one encoder, and record them."""
         n_items = len(train) + len(rows.dev) + len(rows.test)
-        for k in hidden_chunks(hidden, n_items, read(hidden[0], train[:1]).shape[1]):
+        some = read(hidden[0], train[:200])  # how many words the spans have varies from item to item
+        for k in hidden_chunks(hidden, n_items, some.size // len(some)):
             chosen = [hidden[j] for j in range(*k.indices(len(hidden)))]
-            x_train, x_dev, x_test = (np.stack([read(h, r) for h in chosen]) for r in (train, rows.dev, rows.test))
+            x: list[Any] = [stack_states([read(h, r) for h in chosen]) for r in (train, rows.dev, rows.test)]
+            x_train, x_dev, x_test = x
             found = family.fit(
                 x_train,
                 np.stack([a.values[train] for _, _, a in sets]),

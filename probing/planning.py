@@ -10,16 +10,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from probing.baselines import check_columns
 from probing.config import ProbeConfig
 from probing.controls import ENCODERS
 from probing.earlier import check_same_run, find_run
 from probing.fitting import ProbeSettings, training_rows
+from probing.needed_texts import NeededTexts, needed_texts
 from probing.parts import is_finished, measure_part
 from probing.probes.families import check_suited, parse_probe, suits
-from probing.tasks.base import ITEM_COLUMNS, SPAN_UNITS, Corpus, Task, Text
+from probing.tasks.base import ITEM_COLUMNS, SPAN_UNITS, Task
 from spafit import io
 from spafit.errors import DataError, OutputError, TaskError, UsageError
 from spafit.runtime import pick_device, torch_dtype
@@ -35,27 +34,6 @@ NUMBERS_VERSION = 5
 
 #: Names that the stack finder gives; anything else in ``--stack`` is the dotted path of the list of blocks.
 STACK_NAMES = ("encoder", "decoder", "text", "vision")
-
-
-@dataclass(frozen=True)
-class NeededTexts:
-    """The texts of one corpus that a run encodes, with the spans that it needs.
-
-    Attributes:
-        texts: the texts.
-        position: position in ``texts`` of each text of the corpus, -1 if it is not encoded.
-        spans: position in its encoded text of each span of the corpus, text after text, -1 if it is not encoded.
-        span_offsets: where each text's spans begin in ``spans``, shape (texts of the corpus + 1,).
-    """
-
-    texts: tuple[Text, ...]
-    position: np.ndarray = field(repr=False)
-    spans: np.ndarray = field(repr=False)
-    span_offsets: np.ndarray = field(repr=False)
-
-    def span_of(self, text: np.ndarray, span: np.ndarray) -> np.ndarray:
-        """Position among the encoded spans of ``span`` of ``text``, both as the corpus counts; -1 if not encoded."""
-        return self.spans[self.span_offsets[text] + span]
 
 
 @dataclass(frozen=True)
@@ -269,7 +247,7 @@ def plan_probing(
         probe=config.probe,
     )
     with timed(seconds, "plan"):
-        needed = _needed_texts(tasks, settings)
+        needed = needed_texts(tasks, settings)
         hidden = tuple(config.hidden(pick_stack(loaded, config.stack).num_blocks + 1))
         extractions = {
             name: plan_extraction(loaded, texts.texts, **extraction_options(config, tasks, name))
@@ -326,47 +304,6 @@ def _limited(task: Task, limit: int) -> Task:
         items = items[[trained.issuperset(found) for found in positions]]
     items = items.reset_index(drop=True)
     return replace(task, items=items, notes=(*task.notes, f"limited to {limit} items of each split")).validate()
-
-
-def _needed_texts(tasks: Sequence[Task], settings: ProbeSettings) -> dict[str, NeededTexts]:
-    """For each corpus the texts that some draw, dev or test split of some task needs, in the corpus's order."""
-    masks: dict[str, np.ndarray] = {}
-    for task in tasks:
-        mask = masks.setdefault(task.corpus.name, np.zeros(len(task.corpus.texts), dtype=bool))
-        for column in task.text_columns:
-            text = task.items[column].to_numpy()
-            for rows in (
-                np.flatnonzero((task.items["split"] != "train").to_numpy()),
-                *training_rows(task, settings).values(),
-            ):
-                mask[text[rows]] = True
-    needed = {}
-    for name, mask in masks.items():
-        own = [t for t in tasks if t.corpus.name == name]
-        position = np.full(len(mask), -1, dtype=np.int64)
-        position[mask] = np.arange(mask.sum())
-        texts: list[Text] = []
-        corpus = own[0].corpus
-        offsets = np.concatenate([[0], np.cumsum([len(t.spans) for t in corpus.texts])])
-        kept = _needed_spans(own, corpus, offsets) & np.repeat(mask, np.diff(offsets))
-        for i in np.flatnonzero(mask):
-            whole, keep = corpus.texts[i], kept[offsets[i] : offsets[i + 1]]
-            spans = tuple(span for span, k in zip(whole.spans, keep, strict=True) if k)
-            texts.append(whole if keep.all() else replace(whole, spans=spans))
-        before = np.concatenate([[0], np.cumsum(kept)])
-        spans_at = np.where(kept, before[:-1] - np.repeat(before[offsets[:-1]], np.diff(offsets)), -1)
-        needed[name] = NeededTexts(tuple(texts), position, spans_at, offsets)
-    return needed
-
-
-def _needed_spans(tasks: Sequence[Task], corpus: Corpus, offsets: np.ndarray) -> np.ndarray:
-    """Which spans of a corpus are stored: all of them where only words are probed, else those of some item."""
-    units = {task.unit for task in tasks}
-    kept = np.full(offsets[-1], "word" in units and not units & {"span", "span-pair"})
-    for task in tasks:
-        for column in task.span_columns:
-            kept[offsets[task.items["text"].to_numpy()] + task.items[column].to_numpy()] = True
-    return kept
 
 
 def extraction_options(config: ProbeConfig, tasks: Sequence[Task], corpus: str) -> dict[str, Any]:

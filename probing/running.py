@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,11 @@ import pandas as pd
 from probing.baselines import BaselineOutputs, baseline_outputs, is_baseline, unsuited
 from probing.config import MEASURES, Overwrite, ProbeConfig, seed_numbers
 from probing.earlier import clear_run
-from probing.fitting import States, TaskFit, fit_task, split_rows
-from probing.item_states import item_states, rows_of_items, texts_of_items
+from probing.fitting import Features, TaskFit, fit_task, split_rows
+from probing.item_states import family_states, item_states, rows_of_items, texts_of_items
 from probing.parts import is_finished, measure_part, read_part, write_part
 from probing.planning import ProbePlan, extraction_options, plan_probing, timed
-from probing.probes.families import Structural, parse_probe, suits
+from probing.probes.families import NamedFamily, Structural, parse_probe, suits
 from probing.results import ProbeResults, summary_table
 from probing.scoring import SCORE_COLUMNS, item_table, score_table
 from probing.targets import label_values
@@ -362,7 +363,7 @@ def _probe_one(
     own = stores["none", None, task.corpus.name]
     texts = texts_of_items(plan, task)
     encoded = (texts >= 0).all(1)  # the others are training items that no seed drew
-    rows, usable = rows_of_items(plan, task, own)
+    _, usable = rows_of_items(plan, task, own)
     for seed in plan.config.seeds if "permuted-order" in plan.encoder_controls else ():
         usable &= rows_of_items(plan, task, stores["permuted-order", seed, task.corpus.name])[1]  # words move out, too
     notes = []
@@ -379,22 +380,19 @@ def _probe_one(
         notes += left_out
     for site in plan.config.sites:
         for pooling in plan.config.pooling:
-
-            def reader(store: ActivationStore, site: str = site, pooling: str = pooling) -> States:
-                return lambda hidden, positions: item_states(
-                    task, store, rows[positions], pooling=pooling, hidden=hidden, site=site
-                )
-
             present = [h for h in plan.hidden if h in own.hidden_of(site)]
             for probe in plan.settings.probe:
                 family = parse_probe(probe)
                 if not suits(family, task):
                     continue
+                read = partial(
+                    _reader, family, task, rows_of_items(plan, task, own, family=family)[0], pooling=pooling, site=site
+                )
                 common: dict[str, Any] = {
                     "hidden": present,
-                    "states": reader(own),
+                    "states": read(own),
                     "encoders": {
-                        control: {s: reader(stores[control, s, task.corpus.name]) for s in plan.config.seeds}
+                        control: {s: read(stores[control, s, task.corpus.name]) for s in plan.config.seeds}
                         for control in plan.encoder_controls
                     },
                     "usable": usable,
@@ -434,6 +432,14 @@ def _probe_one(
             notes=notes,
         )
     return notes
+
+
+def _reader(
+    family: NamedFamily, task: Task, rows: np.ndarray, store: ActivationStore, *, pooling: str, site: str
+) -> Features:  # fmt: skip
+    return lambda hidden, positions: family_states(
+        family, task, store, rows[positions], pooling=pooling, hidden=hidden, site=site
+    )
 
 
 def _baselines(

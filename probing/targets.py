@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from probing.probes.fitted import FittedProbe
+from probing.probes.span_words import SpanWords
 from probing.tasks.base import Kind, Task
 
 _LOG2E = float(np.log2(np.e))
@@ -74,7 +75,7 @@ class Answers:
         return cls("classes", values, shares[values], np.asarray(counts.argmax()))
 
     def score(
-        self, probe: FittedProbe, x: np.ndarray, items: np.ndarray, *, position: int = 0
+        self, probe: FittedProbe, x: np.ndarray | SpanWords, items: np.ndarray, *, position: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
         """A probe's answers for some items, and the bits that they save.
 
@@ -84,7 +85,7 @@ class Answers:
 
         Args:
             probe: of this kind.
-            x: the items' states, (items, width).
+            x: the items' states, (items, width), or the words of their spans where the probe reads those.
             items: their positions in the task.
             position: of the hidden state, for messages.
 

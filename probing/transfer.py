@@ -13,6 +13,7 @@ from probing.fitting import ProbeSettings, training_rows
 from probing.parts import part_files
 from probing.probes.fitted import FittedProbe
 from probing.probes.outputs import absent_outputs
+from probing.probes.span_words import SpanWords
 from probing.targets import Answers, label_values
 from probing.tasks.base import Task
 from spafit.errors import DataError
@@ -30,11 +31,11 @@ class StoredProbe:
     fit: FittedProbe
     answers: Answers
 
-    def scores(self, states: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def scores(self, states: np.ndarray | SpanWords, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Score states of items, as the run scored those that it was fitted for.
 
         Args:
-            states: shape (items, width).
+            states: shape (items, width), or the words of the items' spans, as the probe's family reads them.
             items: their positions in ``task.items``.
 
         Returns:

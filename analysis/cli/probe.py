@@ -91,7 +91,8 @@ def probe(
         _option(
             _PROBE,
             "--probe",
-            help="linear, low-rank:R, mlp:W or mlp:W,dropout=P; several by commas or repeated. The verdict uses the "
+            help="linear, low-rank:R, mlp:W or mlp:W,dropout=P; structural:R for trees; edge-span or "
+            "edge-span:attention over the words of labelled spans; several by commas or repeated. The verdict uses the "
             "first. Default: linear.",
         ),
     ] = None,

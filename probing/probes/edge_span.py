@@ -23,8 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from probing.probes.fitted import FamilyFit, FittedProbe
 from probing.probes.linear import DEFAULT_L2, LinearProbeFit, fit_linear_probes
-from probing.probes.standardise import moments, standardised_rows
+from probing.probes.span_words import Bags, SpanWords, checked_spans, pool_words, span_bags, standardised_words
+from probing.probes.standardise import moments
+from probing.tasks.base import Kind, Task
 from spafit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -79,7 +82,7 @@ class EdgeAttentionFit:
             NumericalError: states that are not finite.
         """
         representations, sets, slots, width = self.attention.shape
-        spans = _checked_spans(words, spans)
+        spans = checked_spans(words, spans)
         if (words.shape[0], words.shape[2], spans.shape[1]) != (representations, width, slots):
             raise UsageError(
                 f"The probe was fitted on {representations} representation(s) of width {width} and {slots} span(s) per "
@@ -89,11 +92,11 @@ class EdgeAttentionFit:
 
         chosen = range(sets) if label_set is None else [label_set]
         out = np.empty((representations, len(chosen), 1, len(spans), self.linear.weights.shape[-1]), dtype=np.float32)
-        bags = _bags(spans, "cpu")
+        bags = span_bags(spans, "cpu")
         for b in range(representations):
-            x = _standardised(words[b], self.word_mean[b], self.word_scale[b], b, "cpu")
+            x = standardised_words(words[b], self.word_mean[b], self.word_scale[b], b, "cpu")
             for i, m in enumerate(chosen):
-                pooled = _pool(x, bags, torch.from_numpy(self.attention[b, m]))
+                pooled = pool_words(x, bags, torch.from_numpy(self.attention[b, m]))
                 out[b, i] = _at(self.linear, b, m).log_probabilities(pooled[None])[0, 0]
         return out if label_set is None else out[:, 0]
 
@@ -136,7 +139,7 @@ def fit_edge_attention(
         UsageError: shapes, labels or penalties that do not fit together, or an empty span.
         NumericalError: states that are not finite.
     """
-    spans_train, spans_dev = _checked_spans(words_train, spans_train), _checked_spans(words_dev, spans_dev)
+    spans_train, spans_dev = checked_spans(words_train, spans_train), checked_spans(words_dev, spans_dev)
     labels, dev = np.atleast_2d(np.asarray(labels)), np.atleast_2d(np.asarray(labels_dev))
     shapes = (len(words_train), words_train.shape[2], spans_train.shape[1], len(labels))
     if shapes != (len(words_dev), words_dev.shape[2], spans_dev.shape[1], len(dev)) or dev.shape[1] != len(spans_dev):
@@ -144,14 +147,14 @@ def fit_edge_attention(
             f"Dev has words {tuple(words_dev.shape)}, spans {spans_dev.shape} and labels {dev.shape}, which do not fit "
             f"training's {tuple(words_train.shape)}, {spans_train.shape} and {labels.shape}."
         )
-    bags, bags_dev = _bags(spans_train, device), _bags(spans_dev, device)
+    bags, bags_dev = span_bags(spans_train, device), span_bags(spans_dev, device)
     used = np.unique(np.concatenate([bag.index.cpu().numpy() for bag in bags]))
     found: list[tuple[LinearProbeFit, np.ndarray, list[_Best], np.ndarray, np.ndarray, float]] = []
     for b in range(len(words_train)):
         mean, scale, _ = moments(words_train[b][used], b)
-        x = _standardised(words_train[b], mean, scale, b, device)
-        x_dev = _standardised(words_dev[b], mean, scale, b, device)
-        pooled = _pool(x, bags, x.new_zeros(shapes[2], shapes[1])).cpu()[None]
+        x = standardised_words(words_train[b], mean, scale, b, device)
+        x_dev = standardised_words(words_dev[b], mean, scale, b, device)
+        pooled = pool_words(x, bags, x.new_zeros(shapes[2], shapes[1])).cpu()[None]
         path = fit_linear_probes(pooled, labels[:1], n_classes=n_classes, l2=l2_grid, device=device)
         layer = _Layer(x, bags, x_dev, bags_dev, max_steps)
         tried = [layer.fit(_at(path, 0, 0, p), labels[0], dev[0]) for p in range(len(l2_grid))]
@@ -175,71 +178,54 @@ def fit_edge_attention(
     return fit, chosen
 
 
-# ---------------------------------------------------------------- pooling
-
-
 @dataclass(frozen=True)
-class _Bags:
-    """The words of one span of every item: their rows one after the other, where each span begins, its length."""
+class EdgeAttention:
+    """The probe family ``edge-span:attention``: a linear probe on the learned average of a span's words."""
 
-    index: torch.Tensor
-    starts: torch.Tensor
-    lengths: torch.Tensor
+    @property
+    def name(self) -> str:
+        """``edge-span:attention``."""
+        return "edge-span:attention"
 
+    def check(self, task: Task, width: int | None) -> None:
+        """Every width will do, and every task that a run fits it to."""
 
-def _bags(spans: np.ndarray, device: str) -> list[_Bags]:
-    import torch
+    def cost(self, n: int, width: int, outputs: int) -> float:
+        """About sixty passes over three words an item for each of the penalties, forwards and back."""
+        return 3000.0 * n * width * outputs
 
-    def of(slot: np.ndarray) -> _Bags:
-        lengths = slot[:, 1] - slot[:, 0]
-        index = np.repeat(slot[:, 0] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
-        arrays = (index, np.cumsum(lengths) - lengths, lengths)
-        return _Bags(*(torch.from_numpy(a.astype(np.int64)).to(device) for a in arrays))
-
-    return [of(spans[:, s]) for s in range(spans.shape[1])]
-
-
-def _pool(x: torch.Tensor, bags: Sequence[_Bags], attention: torch.Tensor) -> torch.Tensor:
-    """Attention-weighted means of the words of each item's spans, side by side, (n, spans × width)."""
-    import torch
-
-    pooled = []
-    for bag, v in zip(bags, attention, strict=True):
-        scores = (x @ v)[bag.index]
-        peak = torch.segment_reduce(scores.detach(), "max", lengths=bag.lengths)
-        weights = (scores - peak.repeat_interleave(bag.lengths)).exp()
-        total = torch.segment_reduce(weights, "sum", lengths=bag.lengths)
-        summed = torch.nn.functional.embedding_bag(bag.index, x, bag.starts, mode="sum", per_sample_weights=weights)
-        pooled.append(summed / total[:, None])
-    return torch.cat(pooled, 1)
-
-
-def _standardised(
-    words: np.ndarray | torch.Tensor, mean: np.ndarray, scale: np.ndarray, b: int, device: str
-) -> torch.Tensor:
-    import torch
-
-    out = torch.empty(tuple(words.shape), dtype=torch.float32)
-    for rows, features in standardised_rows(words, mean, scale, b):
-        out[rows] = features
-    return out.to(device)
-
-
-def _checked_spans(words: np.ndarray | torch.Tensor, spans: np.ndarray) -> np.ndarray:
-    spans = np.asarray(spans)
-    if words.ndim != 3 or spans.ndim != 3 or spans.shape[2] != 2 or spans.dtype.kind not in "iu" or not len(spans):
-        raise UsageError(
-            f"Words have shape {tuple(words.shape)} and spans {spans.shape} of {spans.dtype}; (representations, words, "
-            "width) and whole numbers (items, spans, 2) are needed."
-        )
-    bad = (spans[..., 0] < 0) | (spans[..., 1] <= spans[..., 0]) | (spans[..., 1] > words.shape[1])
-    if bad.any():
-        item = int(np.flatnonzero(bad.any(1))[0])
-        raise UsageError(
-            f"A span of item {item} is {spans[item].tolist()}; it must be [start, end) with start < end among "
-            f"{words.shape[1]} words."
-        )
-    return spans.astype(np.int64)
+    def fit(
+        self,
+        x_train: SpanWords,
+        targets: np.ndarray,
+        x_dev: SpanWords,
+        targets_dev: np.ndarray,
+        *,
+        kind: Kind,
+        n_classes: int,
+        l2: Sequence[float] | None,
+        seed: int,
+        device: str,
+    ) -> FamilyFit:
+        """See :meth:`probing.probes.families.Family.fit`; for classes alone, and nothing is drawn."""
+        fit, chosen = fit_edge_attention(
+            x_train.words, x_train.spans, targets, x_dev.words, x_dev.spans, targets_dev,
+            n_classes=n_classes, l2_grid=l2 or DEFAULT_L2, device=device,
+        )  # fmt: skip
+        linear = fit.linear
+        probes = [
+            [
+                FittedProbe(
+                    {"weight": linear.weights[b, m, 0], "bias": linear.bias[b, m, 0], "mean": linear.mean[b],
+                     "scale": linear.scale[b], "attention": fit.attention[b, m], "word_mean": fit.word_mean[b],
+                     "word_scale": fit.word_scale[b]},
+                    kind, ~linear.present[m], linear.n_items,
+                )
+                for m in range(len(targets))
+            ]
+            for b in range(len(x_train.words))
+        ]  # fmt: skip
+        return FamilyFit(probes, linear.converged[:, :, 0], np.repeat(chosen[:, None], len(targets), 1))
 
 
 # ---------------------------------------------------------------- fitting
@@ -262,9 +248,9 @@ class _Layer:
     """One representation, standardised."""
 
     x: torch.Tensor
-    bags: list[_Bags]
+    bags: list[Bags]
     x_dev: torch.Tensor
-    bags_dev: list[_Bags]
+    bags_dev: list[Bags]
     max_steps: int
 
     def fit(self, start: LinearProbeFit, labels: np.ndarray, labels_dev: np.ndarray) -> _Best:
@@ -285,7 +271,7 @@ class _Layer:
 
         def objective() -> torch.Tensor:
             solver.zero_grad()
-            logits = (_pool(self.x, self.bags, attention) - mean) / scale @ weights + bias
+            logits = (pool_words(self.x, self.bags, attention) - mean) / scale @ weights + bias
             penalty = l2 / 2 * (weights.square().sum() + attention.square().sum())
             value = torch.nn.functional.cross_entropy(logits, target) + penalty
             value.backward()
@@ -298,7 +284,9 @@ class _Layer:
             found = _Best(attention.detach().cpu().numpy().copy(), full, shift, steps, np.inf, bits_mean)
             probe = _with(start, found)
             with torch.no_grad():
-                log_p = probe.log_probabilities(_pool(self.x_dev, self.bags_dev, attention).cpu()[None], label_set=0)
+                log_p = probe.log_probabilities(
+                    pool_words(self.x_dev, self.bags_dev, attention).cpu()[None], label_set=0
+                )
             chosen = np.take_along_axis(log_p[0, 0], labels_dev[:, None], 1)
             found.bits = float(-chosen.sum(dtype=np.float64) / (len(labels_dev) * _LN2))
             return found

@@ -5,9 +5,13 @@
 ``low-rank:R``          the same with weights of rank R: only R directions of the states are read
 ``mlp:W``               one hidden layer of W units, ``max(0, ·)``; ``mlp:W,dropout=P`` drops units in training
 ``structural``          tree distances and depths from maps of rank 64 (``structural:R`` of rank R); for trees alone
+``edge-span``           the linear probe on the mean of the words of a span, or of two spans side by side
+``edge-span:attention`` the same on an average whose weights are learned (:mod:`.edge_span`)
 ======================  ================================================================================
 
-A run fits each family to the tasks that it suits: ``structural`` to trees, the others to everything else.
+A run fits each family to the tasks that it suits: ``structural`` to trees; ``edge-span`` to labelled spans and pairs of
+spans, with attention only where they have one label each; the others to everything but trees. The words of a span are
+those that white space parts. An item whose span has a word without a state is left out for all families of the run.
 
 Standardisation, splits, seeds, controls, intervals and files are the same for all. Families have different capacity, so
 their scores differ for that reason alone: compare a family's task with its own control task.
@@ -17,10 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from probing.probes.edge_span import EdgeAttention
 from probing.probes.fitted import FamilyFit, FittedProbe
 from probing.probes.linear import DEFAULT_L2, fit_selected
 from probing.probes.lowrank import fit_low_rank_probes
@@ -61,9 +66,9 @@ class Family(NamedFamily, Protocol):
 
     def fit(
         self,
-        x_train: np.ndarray | torch.Tensor,
+        x_train: Any,
         targets: np.ndarray,
-        x_dev: np.ndarray | torch.Tensor,
+        x_dev: Any,
         targets_dev: np.ndarray,
         *,
         kind: Kind,
@@ -75,7 +80,7 @@ class Family(NamedFamily, Protocol):
         """Fit B hidden states × M label sets.
 
         Args:
-            x_train: training features, (B, n, width), in their own units.
+            x_train: training features, (B, n, width), in their own units; :class:`.span_words.SpanWords` for attention.
             targets: of M label sets, the task's first and then control tasks': int64 (M, n), bool (M, n, labels) or
                 float64 (M, n), as ``kind`` says.
             x_dev: dev features, (B, n_dev, width).
@@ -304,8 +309,30 @@ class Structural:
         return 200.0 * n * width * self.rank
 
 
+@dataclass(frozen=True)
+class EdgeMean(Linear):
+    """The linear probe on the mean of a span's words, where ``linear`` reads the mean of all its sub-words."""
+
+    @property
+    def name(self) -> str:
+        """``edge-span``."""
+        return "edge-span"
+
+
+def reads_words(family: NamedFamily) -> bool:
+    """Whether a family reads the state of each word of a span."""
+    return isinstance(family, EdgeMean | EdgeAttention)
+
+
 def suits(family: NamedFamily, task: Task) -> bool:
-    """Whether a run fits this family to this task: structural probes to trees, the others to everything else."""
+    """Whether a run fits this family to this task.
+
+    Structural probes are fitted to trees, edge-span probes to classes of spans or pairs of spans (with means to several
+    labels per item, too), the others to everything but trees.
+    """
+    if reads_words(family):
+        kinds = ("classes",) if isinstance(family, EdgeAttention) else ("classes", "multilabel")
+        return task.unit in ("span", "span-pair") and task.kind in kinds
     return isinstance(family, Structural) == (task.kind == "tree")
 
 
@@ -321,16 +348,22 @@ def check_suited(families: Sequence[NamedFamily], tasks: Sequence[Task]) -> None
             other = "structural" if task.kind == "tree" else "linear"
             raise UsageError(
                 f"--probe {names} fits no probe to task {task.name!r}, whose labels are "
-                f"{'trees' if task.kind == 'tree' else task.kind}. Add {other}, as in --probe {other},{names}."
+                f"{'trees' if task.kind == 'tree' else f'{task.kind} of {task.unit}s'}. Add {other}, as in --probe "
+                f"{other},{names}."
             )
     for family in families:
         if tasks and not any(suits(family, task) for task in tasks):
-            what = "of trees, such as conllu:PATH#tree" if isinstance(family, Structural) else "it suits"
+            what = "it suits"
+            if isinstance(family, Structural):
+                what = "of trees, such as conllu:PATH#tree"
+            elif reads_words(family):
+                one = "spans with one label each" if isinstance(family, EdgeAttention) else "labelled spans"
+                what = f"of {one}, such as iob:PATH#spans"
             raise UsageError(f"--probe {family.name}: there is no task {what}. Add one, or leave the probe out.")
 
 
 #: Spellings that error messages show.
-SPELLINGS = ("linear", "low-rank:R", "mlp:W", "mlp:W,dropout=P", "structural:R")
+SPELLINGS = ("linear", "low-rank:R", "mlp:W", "mlp:W,dropout=P", "structural:R", "edge-span", "edge-span:attention")
 
 
 def split_probes(text: str) -> list[str]:
@@ -361,13 +394,17 @@ def parse_probe(text: str) -> Family | Structural:
     """
     head, *options = text.split(",")
     family, _, size = head.partition(":")
-    if family not in ("linear", "low-rank", "mlp", "structural"):
-        hint = did_you_mean(family, [s.partition(":")[0] for s in SPELLINGS])
+    if family not in ("linear", "low-rank", "mlp", "structural", "edge-span"):
+        hint = did_you_mean(family, list(dict.fromkeys(s.partition(":")[0] for s in SPELLINGS)))
         raise UsageError(f"--probe {text!r} is not known; use {', '.join(SPELLINGS)}.{hint}")
     if family == "linear":
         if size or options:
             raise UsageError(f"--probe {text!r}: the linear probe has no settings here. Write linear.")
         return Linear()
+    if family == "edge-span":
+        if text not in ("edge-span", "edge-span:attention"):
+            raise UsageError(f"--probe {text!r} is not known; write edge-span or edge-span:attention.")
+        return EdgeMean() if text == "edge-span" else EdgeAttention()
     if family == "structural" and text == "structural":
         return Structural()
     if not (size.isascii() and size.isdigit() and int(size) > 0):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from probing.probes.span_words import SpanWords
 from probing.probes.standardise import standardised_rows
 from probing.tasks.base import Kind
 from spafit.errors import UsageError
@@ -25,7 +26,9 @@ class FittedProbe:
             features, and ``weight`` (inputs, outputs) and ``bias`` (outputs,). The inputs of ``weight`` are the
             features; with ``factor`` (width, rank) features @ factor; with ``hidden_weight`` (width, hidden) and
             ``hidden_bias`` (hidden,) the units max(0, features @ hidden_weight + hidden_bias). Probes of numbers have
-            ``deviation`` (1,), the root mean square of their residuals on dev, in the target's unit.
+            ``deviation`` (1,), the root mean square of their residuals on dev, in the target's unit. With ``attention``
+            (spans, width of a word) the features are the averages of the words of each span, side by side, with
+            weights softmax(attention · word), of words that ``word_mean`` and ``word_scale`` standardised.
         kind: what the outputs stand for, see :mod:`probing.probes.outputs`; numbers come in the target's own unit.
         absent: bool, (outputs,): classes without a training item; None if there are none.
         n_items: training items.
@@ -36,11 +39,11 @@ class FittedProbe:
     absent: np.ndarray | None = None
     n_items: int = 0
 
-    def outputs(self, x: np.ndarray | torch.Tensor, *, position: int = 0) -> np.ndarray:
+    def outputs(self, x: np.ndarray | torch.Tensor | SpanWords, *, position: int = 0) -> np.ndarray:
         """Outputs for features ``x`` (items, width) in the units of the training features; float32, (items, outputs).
 
         Args:
-            x: the features.
+            x: the features; with ``attention`` the words of each item's spans.
             position: of the representation, for messages.
 
         Raises:
@@ -49,15 +52,20 @@ class FittedProbe:
         """
         import torch
 
-        width = len(self.parameters["mean"])
+        width, own = len(self.parameters["mean"]), self.parameters
+        if isinstance(x, SpanWords) != ("attention" in own):
+            what = "words of spans" if "attention" in own else "one state per item"
+            raise UsageError(f"The probe was fitted on {what}; x is {type(x).__name__} of shape {tuple(x.shape)}.")
+        if isinstance(x, SpanWords):
+            x = x.pooled(own["attention"], own["word_mean"], own["word_scale"], position=position)
         if x.ndim != 2 or x.shape[1] != width:
             raise UsageError(
                 f"The probe was fitted on states of width {width}; x has shape {tuple(x.shape)}, and (items, {width}) "
                 "is needed."
             )
-        parts = {name: torch.from_numpy(np.asarray(value)) for name, value in self.parameters.items()}
-        out = np.empty((x.shape[0], len(self.parameters["bias"])), dtype=np.float32)
-        for rows, features in standardised_rows(x, self.parameters["mean"], self.parameters["scale"], position):
+        parts = {name: torch.from_numpy(np.asarray(value)) for name, value in own.items()}
+        out = np.empty((x.shape[0], len(own["bias"])), dtype=np.float32)
+        for rows, features in standardised_rows(x, own["mean"], own["scale"], position):
             if "factor" in parts:
                 features = features @ parts["factor"]
             elif "hidden_weight" in parts:
@@ -65,7 +73,7 @@ class FittedProbe:
             out[rows] = parts["bias"] + features @ parts["weight"]
         return out
 
-    def log_probabilities(self, x: np.ndarray | torch.Tensor, *, position: int = 0) -> np.ndarray:
+    def log_probabilities(self, x: np.ndarray | torch.Tensor | SpanWords, *, position: int = 0) -> np.ndarray:
         """Natural logarithms of the class probabilities, float32, (items, classes).
 
         A class without a training item gets half a pseudo-item's share and the others are scaled down to match, see
@@ -102,12 +110,12 @@ class FamilyFit:
     converged: np.ndarray
     l2: np.ndarray
 
-    def log_probabilities(self, x: np.ndarray | torch.Tensor, *, label_set: int) -> np.ndarray:
+    def log_probabilities(self, x: np.ndarray | torch.Tensor | SpanWords, *, label_set: int) -> np.ndarray:
         """:meth:`FittedProbe.log_probabilities` at every hidden state: x (B, items, width) -> (B, items, classes)."""
         rows = enumerate(self.probes)
         return np.stack([probes[label_set].log_probabilities(x[b], position=b) for b, probes in rows])
 
-    def outputs(self, x: np.ndarray | torch.Tensor, *, label_set: int) -> np.ndarray:
+    def outputs(self, x: np.ndarray | torch.Tensor | SpanWords, *, label_set: int) -> np.ndarray:
         """:meth:`FittedProbe.outputs` at every hidden state: x (B, items, width) -> (B, items, outputs)."""
         return np.stack([probes[label_set].outputs(x[b], position=b) for b, probes in enumerate(self.probes)])
 
