@@ -265,6 +265,9 @@ def _rows(
 
 # ---------------------------------------------------------------- figure
 
+#: Settings in one line of a panel's legend.
+_PER_LINE = 3
+
 
 def _figure(found: Sensitivity) -> Figure:
     """A panel per axis, a row per task: the centre of gravity (or first within 1 SE) of the base and every setting."""
@@ -272,9 +275,9 @@ def _figure(found: Sensitivity) -> Figure:
 
     axes_there = [a for a in AXES if (found.table["axis"] == a).any()]
     tasks = list(dict.fromkeys(found.table["task"]))
-    unstable = found.unstable
+    unstable, lines = found.unstable, 1
     with plotting.style():
-        figure = plotting.new_figure(width=max(3.1 * len(axes_there) + 1.5, 6.0), height=0.3 * len(tasks) + 1.9)
+        figure = plotting.new_figure(width=max(3.1 * len(axes_there) + 1.5, 6.0), height=0.3 * len(tasks) + 2.0)
         panels = figure.subplots(1, len(axes_there), squeeze=False, sharey=True, sharex=True)[0]
         for panel, axis in zip(panels, axes_there, strict=True):
             own = found.table[found.table["axis"] == axis]
@@ -299,12 +302,10 @@ def _figure(found: Sensitivity) -> Figure:
             panel.set_xticks(plotting.hidden_ticks(0, found.blocks))
             panel.set_xlabel("hidden state")
             handles = [_handle(s, _color(i)) for i, s in enumerate(settings)]
-            panel.legend(
-                handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.22 - 0.6 / max(len(tasks), 3)),
-                fontsize=7.5, ncols=min(3, len(handles)), frameon=False,
-            )  # fmt: skip
+            panel.legend(handles=handles, loc="lower center", fontsize=7.5, ncols=_PER_LINE, frameon=False)
+            lines = max(lines, -(-len(handles) // _PER_LINE))
         panels[0].set_yticks(range(len(tasks)), [t + (" (unstable)" if t in unstable else "") for t in tasks])
-        panels[0].set_ylim(len(tasks) - 0.5, -0.5)
+        panels[0].set_ylim(len(tasks) - 0.4 + 0.7 * lines, -0.5)  # the legends stand below the tasks
         figure.suptitle(
             "Emergence centre of gravity under each setting (open: first within 1 SE, where it is suppressed)",
             x=0.01, ha="left", fontsize=9.5,

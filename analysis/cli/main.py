@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import typer
 
+from analysis.cli.breakdown import EXAMPLES as BREAKDOWN_EXAMPLES
+from analysis.cli.breakdown import breakdown
 from analysis.cli.cache import cache_app
 from analysis.cli.cite import cite
 from analysis.cli.compare import EXAMPLES as COMPARE_EXAMPLES
@@ -43,6 +45,7 @@ app.command("glue", epilog=GLUE_EXAMPLES)(glue)
 app.command("compare", epilog=COMPARE_EXAMPLES)(compare)
 app.command("tradeoff", epilog=TRADEOFF_EXAMPLES)(tradeoff)
 app.command("sensitivity", epilog=SENSITIVITY_EXAMPLES)(sensitivity)
+app.command("breakdown", epilog=BREAKDOWN_EXAMPLES)(breakdown)
 app.command("report")(report)
 app.command("summarize")(summarize)
 app.command("cite")(cite)

@@ -116,7 +116,8 @@ def treebank_tasks(treebank: Treebank, names: Sequence[str] | None = None) -> li
 
     Returns:
         Validated tasks ``<treebank>.<name>``, in the order asked for. Items carry the metadata columns ``genre`` and
-        ``document`` (where the treebank has them) and ``length`` (words in the sentence). Items whose label never
+        ``document`` (where the treebank has them), ``length`` (words in the sentence) and, for words, ``distance``
+        (words to the head; missing for roots). Items whose label never
         occurs in training are dropped and counted in the notes. ``tree_depth`` and ``length`` are binned into classes
         of about equal size on the training split; depth grows with length, so read the two together. Filing
         morphological features under ``syntax`` is an assumption.
@@ -239,6 +240,9 @@ def _word_task(treebank: Treebank, name: str, spec: _Words) -> Task:
     items.insert(2, "span", np.array(span, dtype=np.int64))
     items.insert(3, "label", labels)
     items.insert(6, "control", [sentences[i].words[j].lower() for i, j in zip(owner, span, strict=True)])
+    heads = [sentences[i].heads[j] for i, j in zip(owner, span, strict=True)]
+    distance = [abs(head - j - 1) if head > 0 else np.nan for head, j in zip(heads, span, strict=True)]
+    items["distance"] = distance
     notes = [f"{missing} word(s) {spec.missing} are no items."] if missing and spec.missing else []
     return _finish(treebank, name, spec.level, "word", spec.description, items, classes=spec.classes, notes=notes)
 
