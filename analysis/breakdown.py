@@ -60,7 +60,7 @@ class Breakdown:
         keys = ["task", "by", "part"]
         for key, own in self.summaries.groupby(keys, sort=False):
             found = own.set_index("statistic")
-            cells = [_interval(found.loc[s]) for s in ("best", "first_within_1se", "emergence_cog")]
+            cells = [_interval(found.loc[[s]].iloc[0]) for s in ("best", "first_within_1se", "emergence_cog")]
             lines.append(f"| {' | '.join(map(str, key))} | {int(own['n'].iloc[0]):,} | {' | '.join(cells)} |")
         notes = [f"- {note}" for note in self.left_out]
         return "\n".join([*lines, "", "Hidden states, with 95 % intervals; — where suppressed.", "", *notes]) + "\n"
@@ -189,7 +189,7 @@ def _curve(
     metric = "bits" if task in results.tasks_with_bits else "uuas"
     place = {c: str(items[c].iloc[0]) for c in ("site", "pooling", "probe")}
     one = replace(results, item_tables={task: items})
-    return one.curve(task, metric=metric, n_boot=n_boot, **place)  # type: ignore[arg-type]
+    return one.curve(task, metric=metric, n_boot=n_boot, **place)
 
 
 def _rows(curve: LayerCurve, shared: dict[str, Any]) -> pd.DataFrame:

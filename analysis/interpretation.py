@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from analysis.localization import LocalizationTest, localization_test
 from analysis.sensitivity import unstable_tasks
 from analysis.suggestion import StrataSuggestion, suggest_strata
@@ -22,23 +24,20 @@ class Interpretation:
         results: the run.
         localization: the test of the hypothesis, as far as probing alone can test it.
         suggestion: strata from probing evidence alone.
+        verdict: content of ``verdict.json``: the test's, without tasks that sensitivity found unstable.
         paths: files written, the ones to look at first.
     """
 
     results: ProbeResults
     localization: LocalizationTest
     suggestion: StrataSuggestion
+    verdict: dict[str, Any]
     paths: tuple[Path, ...]
 
     def __repr__(self) -> str:
         """The run, its verdict, and where the strata start."""
-        verdict, boundaries = self.localization.verdict, self.suggestion.boundaries
+        verdict, boundaries = self.verdict["verdict"], self.suggestion.boundaries
         return f"Interpretation({self.results!r}, verdict={verdict!r}, boundaries={boundaries})"
-
-    @property
-    def verdict(self) -> dict[str, Any]:
-        """Content of ``verdict.json``."""
-        return self.localization.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
         """Scores to report, summaries, verdict and strata as plain objects, for programs."""
@@ -91,11 +90,11 @@ def interpret(results: ProbeResults, *, rewrite: bool = False) -> Interpretation
     if not rewrite and written.exists() and io.read_json(written)["sources"] == sources:
         paths = tuple(folder / p for p in io.read_json(written)["paths"])
         if all(p.exists() for p in paths):
-            return Interpretation(results, localization, suggestion, (*paths, *tables))
+            return Interpretation(results, localization, suggestion, verdict, (*paths, *tables))
     paths = write_report(results, verdict=verdict, suggestion=suggestion)
     content = {"sources": sources, "paths": [p.relative_to(folder).as_posix() for p in paths]}
     io.write_json(written, content)
-    return Interpretation(results, localization, suggestion, (*paths, *tables))
+    return Interpretation(results, localization, suggestion, verdict, (*paths, *tables))
 
 
 def _without_unstable(verdict: dict[str, Any], left_out: dict[str, str], *, nothing_left: bool) -> dict[str, Any]:
@@ -115,12 +114,49 @@ def _sources(results: ProbeResults, verdict: dict[str, Any]) -> str:
     return io.content_digest([__version__, *tables, verdict, tasks, results.run["model"], results.run["warnings"]])
 
 
-def compare_models(results: Sequence[ProbeResults]) -> Path:
-    """Draw the runs of several models over relative depth into the folder above theirs; return the figure's path."""
+def compare_models(results: Sequence[ProbeResults]) -> Path | None:
+    """Set the curves of several models, or of several treebanks with the same tasks, side by side over relative depth.
+
+    Writes ``relative_depth.png`` and ``models.csv`` (the reported scores with the columns ``model``, ``source`` and
+    ``relative_depth``) into the folder above the runs, or into the folder of the only run.
+
+    Returns:
+        The figure's path; None for one model without tasks that several sources share.
+    """
     from probing.displays import relative_depth
 
     assert results[0].folder is not None
-    path = results[0].folder.parent / "relative_depth.png"
-    figure = relative_depth({r.run["model"]["name"]: r.scores for r in results})
+    several = len(results) > 1
+    tables: dict[str, pd.DataFrame] = {}
+    for run in results:
+        for source, scores in _by_source(run).items():
+            model = str(run.run["model"]["name"])
+            name = " · ".join(n for n in (model if several or not source else "", source) if n)
+            tables[name] = scores.assign(model=model, source=source)
+    if len(tables) < 2:
+        return None
+    folder = results[0].folder.parent if several else results[0].folder
+    rows = pd.concat([t[t["seed"].isna()] for t in tables.values()], ignore_index=True)
+    deepest = rows.groupby(["model", "stack"])["hidden"].transform("max")
+    table = rows.assign(relative_depth=(rows["hidden"] / deepest).round(4))
+    io.atomic_write(folder / "models.csv", lambda p: table.to_csv(p, index=False))
+    path = folder / ("relative_depth.png" if several else "figures/relative_depth.png")
+    metric = "bits" if (rows["metric"] == "bits").any() else "primary"
+    figure = relative_depth(tables, metric=metric)  # type: ignore[arg-type]
     io.atomic_write(path, lambda p: figure.savefig(p, dpi=150, bbox_inches="tight"))
     return path
+
+
+def _by_source(results: ProbeResults) -> dict[str, pd.DataFrame]:
+    """Scores by treebank or file, tasks without its name, where two or more share a task; else all, under ``""``."""
+    scores, facts = results.scores, results.run["tasks"]
+    parts = {t: t.rpartition(".")[::2] for t in scores["task"].unique()}
+    kinds = {t: (name, str(facts[t].get("description"))) for t, (_, name) in parts.items()}  # alike in name alone: not
+    shared = [t for t in parts if list(kinds.values()).count(kinds[t]) > 1]
+    if not shared:
+        return {"": scores}
+    found = {}
+    for source in dict.fromkeys(parts[t][0] for t in shared):
+        own = scores[scores["task"].isin([t for t in shared if parts[t][0] == source])]
+        found[source] = own.assign(task=own["task"].map(lambda t: parts[t][1]))
+    return found

@@ -57,7 +57,7 @@ class Sensitivity:
         rows = self.table[self.table["statistic"].isin(DECIDING) & (self.table["share"] > UNSTABLE)]
         found = {}
         for task, own in rows.groupby("task", sort=False):
-            worst = own.loc[own["share"].idxmax()]
+            worst = own.iloc[int(own["share"].to_numpy().argmax())]
             base = float(worst["value"]) - float(worst["shift"])
             found[str(task)] = (
                 f"{_WORDS[str(worst['statistic'])]} moves from hidden {base:.1f} to {float(worst['value']):.1f} with "
@@ -125,8 +125,8 @@ _WORDS = {"best": "best", "first_within_1se": "first within 1 SE", "emergence_co
 
 
 def _largest(shifts: pd.Series) -> float:
-    known = shifts.dropna()
-    return float(known.loc[known.abs().idxmax()]) if len(known) else float("nan")
+    known = shifts.dropna().to_numpy(dtype=np.float64)
+    return float(known[np.abs(known).argmax()]) if len(known) else float("nan")
 
 
 def unstable_tasks(folder: Path) -> dict[str, str]:
@@ -167,8 +167,8 @@ def sensitivity(results: ProbeResults | Sequence[ProbeResults], *, n_boot: int =
             found = run.scores[(run.scores["task"] == task) & (run.scores["site"] == site)]
             same_size = _training_items(run, task) == size
             for axis, column, fixed in (("pooling", "pooling", probe), ("probe", "probe", pooling)):
-                other = "probe" if column == "pooling" else "pooling"
-                names = found.loc[found[other] == fixed, column].astype(str).unique()
+                held = "probe" if column == "pooling" else "pooling"
+                names = found.loc[found[held] == fixed, column].astype(str).unique()
                 for name in names if same_size else ():
                     if name not in (pooling, probe) and name not in [s for s, _ in settings[axis]]:
                         pair = (name, probe) if axis == "pooling" else (pooling, name)
@@ -183,8 +183,8 @@ def sensitivity(results: ProbeResults | Sequence[ProbeResults], *, n_boot: int =
         for axis in AXES:
             if not settings[axis]:
                 continue
-            for name, found, is_base in ((shown[axis], own, True), *((n, s, False) for n, s in settings[axis])):
-                rows += _rows(task, level, axis, name, found, own, is_base, blocks)
+            for name, moved, is_base in ((shown[axis], own, True), *((n, s, False) for n, s in settings[axis])):
+                rows += _rows(task, level, axis, name, moved, own, is_base, blocks)
     if not rows:
         raise UsageError(
             "Nothing varies in this run: one pooling, one probe, one seed. Add some, as in --pooling mean,first, "

@@ -84,7 +84,7 @@ def test_enough_tasks_give_verdict_and_strata_on_the_terminal(capsys):
     curves = test_suggestion.saturating(12, basic=0.05, other=0.15)
     results = report_fixtures.results()
     test, strata = localization_test(curves), suggest_strata(curves, num_blocks=12)
-    interpretation = Interpretation(results, test, strata, (Path("report.html"),))
+    interpretation = Interpretation(results, test, strata, test.to_dict(), (Path("report.html"),))
     assert f"verdict='{test.verdict}', boundaries=(2, 6))" in repr(interpretation)
     assert repr(results) == f"ProbeResults(not saved, {len(results.tasks)} task(s), status='unknown')"
     assert len(repr(interpretation)) < 200

@@ -232,10 +232,11 @@ def probe(
         sys.stderr.write("\nInterrupted. What was finished is kept; the same command goes on from there.\n")
         raise typer.Exit(130) from None
     results = [r for r in finished if r is not None]
-    if len(results) > 1:
+    if results and not json_output:
         from analysis.interpretation import compare_models
 
-        typer.echo(f"\nAll models over relative depth: {compare_models(results)}")
+        if (figure := compare_models(results)) is not None:
+            typer.echo(f"\nSide by side over relative depth: {figure}\nTheir scores in one table: {_table_of(figure)}")
     if any(r.run["status"] == "partial" for r in results):
         raise typer.Exit(3)
 
@@ -267,6 +268,11 @@ def _run(
     else:
         _print(results, interpretation)
     return results
+
+
+def _table_of(figure: Path) -> Path:
+    folder = figure.parent.parent if figure.parent.name == "figures" else figure.parent
+    return folder / "models.csv"
 
 
 def _print(results: ProbeResults, interpretation: Interpretation) -> None:
