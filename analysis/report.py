@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.citations import bibtex
+from analysis.complexity import complexity_curves, complexity_table, has_several_sizes
 from analysis.report_content import report_content
 from analysis.report_items import browsable_items, json_for_script
 from spafit import io, plotting
@@ -92,6 +93,9 @@ def _figures(results: ProbeResults, suggestion: StrataSuggestion | None) -> list
             layer_curves(scores, metric="primary", strata=shaded, stack=stack, site=site), place)  # fmt: skip
         heat = task_layer_heatmap(scores, metric="primary", stack=stack, site=site)
         add("heatmap", f"{word} by task and hidden state", heat, place)
+        if has_several_sizes(scores):
+            title = "Task, control task and selectivity by the probe's complexity"
+            add("complexity", title, complexity_curves(complexity_table(results), stack=stack, site=site), place)
     if results.measures is not None:
         from probing.measure_displays import TITLES, measure_figure
 

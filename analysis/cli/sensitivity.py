@@ -50,7 +50,7 @@ def sensitivity(
         typer.echo("\nInterrupted. What was finished is kept; the same command goes on from there.", err=True)
         raise typer.Exit(130) from None
     found = measure(runs, n_boot=n_boot)
-    paths = found.save(run)
+    paths = [*found.save(run), *_complexity(runs, run)]
     typer.echo(found.to_markdown())
     verdict = interpret(base).verdict
     typer.echo(f"Verdict without unstable tasks: {verdict['verdict']}.")
@@ -71,6 +71,24 @@ def _further(base: ProbeResults, name: str, change: dict[str, Any], *, quiet: bo
     folder = base.folder / "sensitivity" / name.replace(":", "-").replace(",", "-").replace("=", "-")
     config = replace(config, out=str(folder), overwrite="missing", measures=())
     return run_plan(plan_probing(config), quiet=quiet)
+
+
+def _complexity(runs: list[ProbeResults], folder: Path) -> list[Path]:
+    """Task and control task by probe size and by number of training items, where the runs have several."""
+    from analysis.complexity import complexity_curves, complexity_table, has_several_sizes
+    from spafit import io, plotting
+
+    table = complexity_table(runs)
+    paths = []
+    if has_several_sizes(table):
+        paths.append(plotting.save_figure(complexity_curves(table), folder / "figures" / "complexity.png"))
+    if table.groupby(["task", "probe"], observed=True)["n_train"].nunique().max() > 1:
+        figure = complexity_curves(table, by="n_train")
+        paths.append(plotting.save_figure(figure, folder / "figures" / "complexity_items.png"))
+    if paths:
+        io.write_table(folder / "complexity", table)
+        paths.append(folder / "complexity.csv")
+    return paths
 
 
 def _split(text: str | None) -> list[str]:
