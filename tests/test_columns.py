@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from probing.registry import load_tasks
 from probing.tasks.columns import parse_options, table_tasks
 from probing.tasks.splits import with_all_splits
 from spafit.errors import DataError, TaskError, UnknownTaskError
@@ -141,7 +142,7 @@ def test_whole_floats_are_classes_and_measurements_are_refused(tmp_path):
     frame.to_parquet(tmp_path / "ok.parquet")
     assert read("ok.parquet,text=t,label=y", tmp_path).labels == ("0", "1", "2")
     frame.assign(y=[i / 7 for i in range(60)]).to_parquet(tmp_path / "bad.parquet")
-    with pytest.raises(TaskError, match=r"column 'y' holds 60 different decimal numbers.*Bin the values"):
+    with pytest.raises(TaskError, match=r"column 'y' holds 60 different decimal numbers.*Give kind=number"):
         read("bad.parquet,text=t,label=y", tmp_path)
     frame.assign(y=[(i % 5) / 2 for i in range(60)]).to_parquet(tmp_path / "few.parquet")
     assert read("few.parquet,text=t,label=y", tmp_path).labels == ("0", "0.5", "1", "1.5", "2")
@@ -273,9 +274,12 @@ def test_glue_files_run_as_they_come(body, expected, labels):
 
 
 @needs_shared
-def test_glue_similarity_is_refused_as_regression():
-    with pytest.raises(TaskError, match="Bin the values"):
+def test_glue_similarity_is_a_regression_where_it_is_asked_for():
+    with pytest.raises(TaskError, match="Give kind=number"):
         read("STS-B,text=sentence1,text2=sentence2,label=score", GLUE)
+    task = read("STS-B,text=sentence1,text2=sentence2,label=score,kind=number", GLUE)
+    assert (task.kind, task.unit) == ("number", "pair")
+    assert (task.items["label"].min(), task.items["label"].max()) == (0, 5)
 
 
 def test_a_header_that_was_read_as_data_is_noted_and_a_wrong_number_lists_it(tmp_path):
@@ -291,3 +295,38 @@ def test_a_header_that_was_read_as_data_is_noted_and_a_wrong_number_lists_it(tmp
         table_tasks("h.tsv,text=0,label=7", base=tmp_path)
     with pytest.raises(UnknownTaskError, match="It has sentence, label, train"):
         table_tasks("h.tsv,text=0,label=1,header=yes", base=tmp_path)
+
+
+def test_numbers_are_read_and_carved_into_splits(tmp_path):
+    path = tmp_path / "sizes.tsv"
+    path.write_text("sentence\tsize\n" + "".join(f"text {i}\t{i * 0.5}\n" for i in range(100)))
+    (task,) = load_tasks([f"table:{path},text=sentence,label=size,kind=number"])
+    assert task.kind == "number"
+    assert task.labels == ()
+    assert sorted(task.items["label"]) == [i * 0.5 for i in range(100)]
+    assert task.items["split"].value_counts().to_dict() == {"train": 80, "dev": 10, "test": 10}
+    assert set(task.items["label"].map(type)) == {float}
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [("nan", r"sizes\.tsv:5: 'nan' is no finite number"), ("inf", "no finite number"), ("big", "no finite number")],
+)
+def test_what_is_no_number_is_named(tmp_path, cell, said):
+    path = tmp_path / "sizes.tsv"
+    cells = [cell if i == 3 else str(i) for i in range(40)]
+    path.write_text("sentence\tsize\n" + "".join(f"text {i}\t{c}\n" for i, c in enumerate(cells)))
+    with pytest.raises(DataError, match=said):
+        load_tasks([f"table:{path},text=sentence,label=size,kind=number"])
+
+
+def test_numbers_that_do_not_vary_and_measurements_without_kind_are_refused(tmp_path):
+    path = tmp_path / "sizes.tsv"
+    path.write_text("sentence\tsize\n" + "".join(f"text {i}\t2.0\n" for i in range(40)))
+    with pytest.raises(TaskError, match="every training target is 2"):
+        load_tasks([f"table:{path},text=sentence,label=size,kind=number"])
+    path.write_text("sentence\tsize\n" + "".join(f"text {i}\t{i}.5\n" for i in range(40)))
+    with pytest.raises(TaskError, match="Give kind=number"):
+        load_tasks([f"table:{path},text=sentence,label=size"])
+    with pytest.raises(TaskError, match="kind='numbers' is not one of classes, number"):
+        load_tasks([f"table:{path},text=sentence,label=size,kind=numbers"])

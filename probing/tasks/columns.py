@@ -10,6 +10,7 @@ References that read GLUE's files as they come (columns of files without a heade
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -48,6 +49,7 @@ class Options:
         pairs: how the two texts of a pair are read: ``cross`` (as one input, so that each is seen in the light of the
             other) or ``features`` (each alone; the probe gets [u; v; |u − v|; u · v] of their states).
         label: column of the label; lists, one label per word, make it a token classification.
+        kind: ``classes`` (the default), or ``number`` for labels that are measurements and probed by regression.
         split: column that tells the split, in a single table.
         group: column whose value clusters items for the intervals (a document); by default equal texts form a cluster.
         unit: ``word`` reads both columns as whitespace-separated lists; otherwise what the columns imply.
@@ -66,6 +68,7 @@ class Options:
     text2: str = ""
     pairs: str = "cross"
     label: str = ""
+    kind: str = "classes"
     split: str = ""
     group: str = ""
     unit: str = ""
@@ -115,6 +118,7 @@ def parse_options(reference: str, body: str, *, forbidden: Sequence[str]) -> tup
     choices = {
         "unit": ("", *UNITS),
         "pairs": ("cross", "features"),
+        "kind": ("classes", "number"),
         "level": LEVELS,
         "header": ("", "yes", "no"),
         "quoting": get_args(Quoting),
@@ -246,11 +250,13 @@ def task_from_parts(parts: Sequence[Part], options: Options, *, name: str, sourc
         notes.append(f"{rows.empty} row(s) with an empty text dropped.")
     if rows.unlabelled:
         notes.append(f"{rows.unlabelled} row(s) without a label dropped.")
-    classes = sorted_labels(label for labels in rows.labels for label in labels if label)
+    numbers = options.kind == "number"
+    classes = () if numbers else sorted_labels(label for labels in rows.labels for label in labels if label)
     _refuse_measurements(name, options.label, classes)
     position: dict[Text, int] = {}
     texts = [position.setdefault(text, len(position)) for text in rows.text]
-    splits, made = with_all_splits(rows.split, texts, rows.labels, stratify=unit != "word")
+    alike = [[options.label]] * len(texts) if numbers else rows.labels  # no number must stay in training
+    splits, made = with_all_splits(rows.split, texts, alike, stratify=unit != "word")
     notes += made
     index = {label: i for i, label in enumerate(classes)}
     items = pd.DataFrame(
@@ -259,7 +265,7 @@ def task_from_parts(parts: Sequence[Part], options: Options, *, name: str, sourc
                 f"{item}:{span + 1}" if unit == "word" else item,
                 text,
                 span if unit == "word" else -1,
-                index[label],
+                float(label) if numbers else index[label],
                 split,
                 group or f"text-{text}",
                 rows_text.words[span].lower() if unit == "word" else "",
@@ -289,6 +295,7 @@ def task_from_parts(parts: Sequence[Part], options: Options, *, name: str, sourc
         licence=licence,
         citation="see the data's source",
         notes=tuple(notes),
+        kind="number" if numbers else "classes",
     ).validate()
 
 
@@ -355,6 +362,8 @@ def _read_rows(part: Part, options: Options, unit: Unit, rows: _Rows) -> None:
         if not any(labels):
             rows.unlabelled += 1
             continue
+        if options.kind == "number":
+            _check_numbers(labels, where)
         rows.split.append(_split(cell["split"], where) if "split" in cell else part.split)
         rows.item.append(f"{origin}:{line}")
         rows.text.append(Text.from_words(first) if unit == "word" else Text(cast(str, first), second=second))
@@ -403,6 +412,18 @@ def _label(value: Any, where: str) -> str:
     return str(value).strip()
 
 
+def _check_numbers(labels: Sequence[str], where: str) -> None:
+    for label in filter(None, labels):
+        try:
+            finite = math.isfinite(float(label))
+        except ValueError:
+            finite = False
+        if not finite:
+            raise DataError(
+                f"{where}: {label!r} is no finite number. Correct or remove it; kind=number reads numbers only."
+            )
+
+
 def _split(value: Any, where: str) -> str:
     name = str(value).strip().lower()
     split = SPLIT_NAMES.get(name, name)
@@ -416,6 +437,6 @@ def _refuse_measurements(name: str, column: str, classes: Sequence[str]) -> None
     numbers = [c for c in classes if re.fullmatch(r"-?[0-9]+", c)]
     if len(decimals) > MAX_DECIMALS and len(decimals) + len(numbers) == len(classes):
         raise TaskError(
-            f"Task {name!r}: column {column!r} holds {len(classes)} different decimal numbers; the linear probe "
-            "classifies and does no regression. Bin the values into classes first."
+            f"Task {name!r}: column {column!r} holds {len(classes)} different decimal numbers, which are "
+            "measurements rather than classes. Give kind=number to probe them by regression, or bin them first."
         )
