@@ -330,3 +330,18 @@ def test_numbers_that_do_not_vary_and_measurements_without_kind_are_refused(tmp_
         load_tasks([f"table:{path},text=sentence,label=size"])
     with pytest.raises(TaskError, match="kind='numbers' is not one of classes, number"):
         load_tasks([f"table:{path},text=sentence,label=size,kind=numbers"])
+
+
+def test_kept_columns_are_metadata_and_numbers_where_all_cells_are(tmp_path):
+    header = "text\tlabel\tppl\tsource\n"
+    write_splits(
+        tmp_path / "d", header=header, train=["a\t1\t2.5\tweb", "b\t0\t3\tmail"], dev=["c\t1\t4\tweb"],
+        test=["d\t0\t-1e1\tweb"],
+    )  # fmt: skip
+    task = read("d,text=text,label=label,keep=ppl|source", tmp_path)
+    assert task.items["ppl"].tolist() == [2.5, 3.0, 4.0, -10.0]
+    assert task.items["source"].tolist() == ["web", "mail", "web", "web"]
+    with pytest.raises(UnknownTaskError, match=r"no column 'pp' \(keep pp=\)"):
+        read("d,text=text,label=label,keep=pp", tmp_path)
+    with pytest.raises(TaskError, match="keep=label is a name that items use"):
+        read("d,text=text,label=label,keep=label", tmp_path)

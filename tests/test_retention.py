@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from analysis import token_scores
-from analysis.retention import pair_scores, refit_head, retention_table
+from analysis.retention import pair_scores, perplexities, refit_head, retention_table
 from analysis.token_scores import encode_sentences, score, windows
 from analysis.token_trees import one_text, pack, visible
 from spafit.data.blimp import read_blimp
@@ -57,6 +57,20 @@ def test_causal_bits_are_transformers_own_loss(kind: str) -> None:
         losses.append(float(own.model(input_ids=batch, labels=batch).loss) * (len(ids) - 1))
     assert found.log_p.sum() == pytest.approx(-sum(losses), rel=1e-5)
     assert len(found.log_p) == sum(len(t) - 1 for t in texts)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_perplexity_of_each_text_is_that_of_its_tokens(kind: str) -> None:
+    own = language(kind)
+    texts = ["the cat sees a dog", "dogs walked and the big cat runs", "the cat sees a dog"]
+    found = perplexities(own, texts)
+    scored = score(own, encode_sentences(own, texts))
+    wanted = [math.exp(-scored.log_p[scored.text == i].mean()) for i in range(3)]
+    np.testing.assert_allclose(found, wanted)
+    assert found[0] == pytest.approx(found[2])
+    assert found[0] != pytest.approx(found[1])
+    with pytest.raises(UsageError, match="No texts"):
+        perplexities(own, [])
 
 
 def by_itself(own: LanguageModel, ids: list[int]) -> list[float]:

@@ -19,7 +19,7 @@ from typing import Any, cast, get_args
 
 import pandas as pd
 
-from probing.tasks.base import LEVELS, UNITS, Corpus, Level, Task, Text, Unit
+from probing.tasks.base import ITEM_COLUMNS, LEVELS, UNITS, Corpus, Level, Task, Text, Unit
 from probing.tasks.reading import licence_of, overlap_notes, safe_name, sorted_labels
 from probing.tasks.splits import with_all_splits
 from spafit.data.tables import Quoting, read_table_file, table_suffix
@@ -52,6 +52,8 @@ class Options:
         kind: ``classes`` (the default), or ``number`` for labels that are measurements and probed by regression.
         split: column that tells the split, in a single table.
         group: column whose value clusters items for the intervals (a document); by default equal texts form a cluster.
+        keep: column kept as metadata of the items, under its own name; several between ``|``. Results can be split by
+            it (``spafit breakdown``), and one whose cells are all numbers can be a control (``--controls column:NAME``).
         unit: ``word`` reads both columns as whitespace-separated lists; otherwise what the columns imply.
         level: level that the task is filed under (``other``).
         name: the task's name; by default that of the file or, for ``train.tsv`` and the like, of its folder.
@@ -71,6 +73,7 @@ class Options:
     kind: str = "classes"
     split: str = ""
     group: str = ""
+    keep: str = ""
     unit: str = ""
     level: str = "other"
     name: str = ""
@@ -86,7 +89,12 @@ class Options:
     def columns(self) -> dict[str, str]:
         """Option and column name of the columns that are read."""
         named = {k: getattr(self, k) for k in ("text", "text2", "label", "split", "group")}
-        return {k: v for k, v in named.items() if v}
+        return {**{k: v for k, v in named.items() if v}, **{f"keep {c}": c for c in self.kept}}
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Columns that are kept as metadata."""
+        return tuple(c for c in self.keep.split("|") if c)
 
     @property
     def files(self) -> dict[str, str]:
@@ -132,6 +140,9 @@ def parse_options(reference: str, body: str, *, forbidden: Sequence[str]) -> tup
         raise TaskError(f"{reference!r}: a path (or name), text=COLUMN and label=COLUMN are needed.")
     if options.pairs == "features" and not options.text2:
         raise TaskError(f"{reference!r}: pairs=features needs a second text; give text2=COLUMN.")
+    reserved = {*ITEM_COLUMNS, "span2", "text2"}
+    if clash := sorted(reserved & set(options.kept)):
+        raise TaskError(f"{reference!r}: keep={clash[0]} is a name that items use themselves; rename that column.")
     if options.split and options.files:
         raise TaskError(f"{reference!r}: give either split= or train=, dev= and test=, not both.")
     return target, options
@@ -224,6 +235,7 @@ class _Rows:
     text: list[Text] = field(default_factory=list)
     labels: list[list[str]] = field(default_factory=list)  # one label, or one per word ("" where a word has none)
     group: list[str] = field(default_factory=list)
+    kept: list[tuple[Any, ...]] = field(default_factory=list)
     empty: int = 0
     unlabelled: int = 0
 
@@ -278,6 +290,10 @@ def task_from_parts(parts: Sequence[Part], options: Options, *, name: str, sourc
         ],
         columns=["item", "text", "span", "label", "split", "group", "control"],
     )
+    if options.kept:
+        own = [i for i, labels in enumerate(rows.labels) for label in labels if label]
+        for k, column in enumerate(options.kept):
+            items[column] = _metadata([rows.kept[i][k] for i in own])
     notes += overlap_notes(items, "text(s)")
     corpus = Corpus(name, tuple(position))
     if options.pairs == "features":
@@ -306,6 +322,12 @@ def _texts_alone(pairs: Corpus, items: pd.DataFrame) -> tuple[Corpus, pd.DataFra
     second = [position.setdefault(cast(str, t.second), len(position)) for t in pairs.texts]
     items = items.assign(text=[first[i] for i in items["text"]], text2=[second[i] for i in items["text"]])
     return Corpus(pairs.name, tuple(Text(string) for string in position)), items
+
+
+def _metadata(cells: Sequence[Any]) -> pd.Series:
+    """A kept column: numbers where every cell is one, else text."""
+    numbers = pd.to_numeric(pd.Series(cells, dtype=object), errors="coerce")
+    return numbers.astype(float) if numbers.notna().all() else pd.Series([str(c) for c in cells])
 
 
 def _unlabelled(part: Part, column: str) -> bool:
@@ -366,6 +388,7 @@ def _read_rows(part: Part, options: Options, unit: Unit, rows: _Rows) -> None:
             _check_numbers(labels, where)
         rows.split.append(_split(cell["split"], where) if "split" in cell else part.split)
         rows.item.append(f"{origin}:{line}")
+        rows.kept.append(tuple(cell[f"keep {c}"] for c in options.kept))
         rows.text.append(Text.from_words(first) if unit == "word" else Text(cast(str, first), second=second))
         rows.labels.append(labels)
         rows.group.append(str(cell["group"]) if "group" in cell else "")
