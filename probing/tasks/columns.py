@@ -53,7 +53,7 @@ class Options:
         split: column that tells the split, in a single table.
         group: column whose value clusters items for the intervals (a document); by default equal texts form a cluster.
         keep: column kept as metadata of the items, under its own name; several between ``|``. Results can be split by
-            it (``spafit breakdown``), and one whose cells are all numbers can be a control (``--controls column:NAME``).
+            it (``spafit breakdown``); one whose cells are all numbers can be a control (``--controls column:NAME``).
         unit: ``word`` reads both columns as whitespace-separated lists; otherwise what the columns imply.
         level: level that the task is filed under (``other``).
         name: the task's name; by default that of the file or, for ``train.tsv`` and the like, of its folder.
