@@ -184,10 +184,13 @@ def test_rows_that_are_there_are_not_made_again(remedies: ModuleType) -> None:
     )
 
 
-def test_the_committed_page_of_remedies_is_made_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = RESULTS / "remedies_minilm"
+@pytest.mark.parametrize(
+    "study", ["published_localization", "remedies_minilm", "retention_smollm2", "spans", "structural"]
+)
+def test_a_committed_page_is_made_of_its_rows(study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RESULTS / study
     for file in [*folder.glob("*.csv"), *folder.glob("*.parquet")]:
         shutil.copy(file, tmp_path / file.name)
-    load("remedies_minilm", tmp_path, monkeypatch).write_page()
+    load(study, tmp_path, monkeypatch).write_page()
     committed, made = (f / "README.md" for f in (folder, tmp_path))
     assert made.read_text(encoding="utf-8") == committed.read_text(encoding="utf-8")

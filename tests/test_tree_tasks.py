@@ -263,7 +263,8 @@ def test_comparing_runs_leaves_trees_out_and_says_so(tmp_path: Path, small_bert:
         folders.append(tmp_path / name)
         probe_layers(
             str(small_bert), [f"conllu:{treebank(tmp_path)}#upos,tree"], probe=["linear", "structural:4"], seeds=1,
-            controls=["word-type", "random-encoder", "permuted-order", "tf-idf"], max_train=100, n_boot=100, out=folders[-1], quiet=True,
+            controls=["word-type", "random-encoder", "permuted-order", "tf-idf"], max_train=100, n_boot=100,
+            out=folders[-1], quiet=True,
         )  # fmt: skip
     found = compare(str(folders[0]), str(folders[1]), drift=False, n_boot=100, out=tmp_path / "both", quiet=True)
     assert set(found.forgetting["task"]) == {"made.upos"}
