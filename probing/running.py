@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,11 @@ import pandas as pd
 from probing.baselines import BaselineOutputs, baseline_outputs, is_baseline, unsuited
 from probing.config import MEASURES, Overwrite, ProbeConfig, seed_numbers
 from probing.earlier import clear_run
+from probing.encoding import Stores, extract_states
 from probing.fitting import Features, TaskFit, fit_task, split_rows
 from probing.item_states import family_states, item_states, rows_of_items, texts_of_items
 from probing.parts import is_finished, measure_part, read_part, write_part
-from probing.planning import ProbePlan, extraction_options, plan_probing, timed
+from probing.planning import ProbePlan, plan_probing, timed
 from probing.probes.families import NamedFamily, Structural, parse_probe, suits
 from probing.results import ProbeResults, summary_table
 from probing.scoring import SCORE_COLUMNS, item_table, score_table
@@ -161,7 +162,7 @@ def run_plan(plan: ProbePlan, *, command: str | None = None, quiet: bool = False
     try:
         stores: Stores = {}
         if todo or plan.measuring:
-            stores = _extract(plan, todo, notes, seconds, quiet=quiet)
+            stores = extract_states(plan, todo, notes, seconds, quiet=quiet)
         if todo:
             _fit(plan, todo, stores, status, seconds, quiet=quiet)
         if plan.measuring:
@@ -192,42 +193,6 @@ def run_plan(plan: ProbePlan, *, command: str | None = None, quiet: bool = False
         reasons = "; ".join(f"{n}: {s['error']}" for n, s in status.items() if s["status"] == "failed")
         raise TaskError(f"No task could be probed. {reasons}")
     return results
-
-
-def extract_shard(plan: ProbePlan, shard: tuple[int, int], *, quiet: bool = False) -> None:
-    """Compute part ``i`` of ``n`` of the states that a plan needs, into the cache; a later full run merges them."""
-    todo = [t for t in plan.tasks if t.name not in plan.done]
-    total = plan.encoders * sum(p.tokens for p in plan.extractions.values()) / shard[1]
-    with Progress(f"Encoding part {shard[0]} of {shard[1]}", total, quiet=quiet) as progress:
-        for _ in _encoders(plan, todo, shard=shard, progress=progress.advance):
-            pass
-
-
-#: States by encoder (``none``: the model itself; else the control that it is), seed and corpus.
-Stores = dict[tuple[str, int | None, str], "ActivationStore"]
-
-
-def _extract(
-    plan: ProbePlan, todo: Sequence[Task], notes: list[str], seconds: dict[str, float], *, quiet: bool
-) -> Stores:  # fmt: skip
-    """States of the model for what is probed or measured, and of controls' encoders for what is probed."""
-    stores: Stores = {}
-    corpora = _corpora(plan, todo)
-    tokens = sum(plan.extractions[c].tokens for c in corpora)
-    tokens += (plan.encoders - 1) * sum(plan.extractions[c].tokens for c in {t.corpus.name for t in todo})
-    encoders = plan.encoders if todo else 1
-    with Progress(f"Encoding with {encoders} encoder(s)", tokens, quiet=quiet) as progress:
-        for control, seed, corpus, store, spent in _encoders(plan, todo, shard=None, progress=progress.advance):
-            stores[control, seed, corpus] = store
-            name = "encode" if seed is None else f"encode ({control.replace('-', ' ')})"
-            seconds[name] = seconds.get(name, 0.0) + spent
-            notes += [n for n in store.notes if n not in notes]
-    return stores
-
-
-def _corpora(plan: ProbePlan, todo: Sequence[Task]) -> set[str]:
-    measured = {name for name, _ in plan.measuring}
-    return {t.corpus.name for t in plan.tasks if t in todo or t.name in measured}
 
 
 def _fit(
@@ -317,39 +282,6 @@ def _measure_one(plan: ProbePlan, task: Task, measure: str, store: ActivationSto
         scores=score_rows, summaries=summaries, items=items if len(items) else None, weights=None,
         notes=list(dict.fromkeys(notes)),
     )  # fmt: skip
-
-
-def _encoders(
-    plan: ProbePlan, todo: Sequence[Task], *, shard: tuple[int, int] | None, progress: Callable[[float], None]
-) -> Iterator[tuple[str, int | None, str, ActivationStore, float]]:
-    """Extract every corpus with the model (``none``) and with each seed's encoder of each control that is one."""
-    from probing.extraction import extract
-    from probing.permuted import permuted_texts
-    from spafit.models import randomize_weights
-
-    runs: list[tuple[str, int | None]] = [("none", None)]
-    if todo:
-        runs += [(control, seed) for control in plan.encoder_controls for seed in plan.config.seeds]
-    for control, seed in runs:
-        begun = time.time()
-        encoder = plan.loaded
-        if control == "random-encoder" and seed is not None:
-            encoder = randomize_weights(plan.loaded, seed)
-        elif control == "permuted-weights" and seed is not None:
-            encoder = randomize_weights(plan.loaded, seed, how="permute")
-        for corpus in sorted(_corpora(plan, todo) if seed is None else {t.corpus.name for t in todo}):
-            texts = plan.needed[corpus].texts
-            store = extract(
-                encoder,
-                permuted_texts(texts, seed) if control == "permuted-order" and seed is not None else texts,
-                **extraction_options(plan.config, plan.tasks, corpus),
-                device=plan.device,
-                cache_dir=None if plan.config.cache_dir is None else Path(plan.config.cache_dir),
-                shard=shard,
-                progress=progress,
-            )
-            yield control, seed, corpus, store, time.time() - begun
-            begun = time.time()
 
 
 def _probe_one(

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import probing.encoding
 import probing.running
 from analysis.interpretation import interpret
 from probing import ProbeResults
@@ -89,7 +90,7 @@ def test_a_measure_is_added_to_a_finished_run_without_touching_it(small_bert, tm
     assert results.run["status"] == "complete", [t.get("failed_measures") for t in results.run["tasks"].values()]
     assert set(results.measures["probe"]) == set(MEASURES)
     written = (tmp_path / "run" / "measures.parquet").read_bytes()
-    monkeypatch.setattr(probing.running, "_encoders", never)
+    monkeypatch.setattr(probing.encoding, "encoders", never)
     again = quick(small_bert, tmp_path / "run", measures=("mix",))  # nothing that was measured is lost
     pd.testing.assert_frame_equal(again.measures, results.measures)
     assert (tmp_path / "run" / "measures.parquet").read_bytes() == written

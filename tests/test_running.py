@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import probing.encoding
 import probing.running
 from probing import ProbeResults, probe_layers
 from probing.tasks.base import Corpus, Task, Text
@@ -77,7 +78,7 @@ def test_the_same_command_again_computes_nothing_and_gives_the_same_bytes(small_
         raise AssertionError("finished work was done again")
 
     monkeypatch.setattr(probing.running, "fit_task", never)
-    monkeypatch.setattr(probing.running, "_encoders", never)
+    monkeypatch.setattr(probing.encoding, "encoders", never)
     quick(small_bert, tmp_path / "run")
     assert contents(tmp_path / "run") == before
 
@@ -306,8 +307,9 @@ def test_two_runs_at_once_on_one_cache_are_both_right(small_bert, tmp_path, cach
 
 def test_shards_fill_the_cache_that_a_later_run_uses(small_bert, tmp_path, cache):
     from probing.config import ProbeConfig
+    from probing.encoding import extract_shard
     from probing.planning import plan_probing
-    from probing.running import extract_shard, run_plan
+    from probing.running import run_plan
 
     given = [word_task(), sentence_task()]
     config = ProbeConfig(model=str(small_bert), out=str(tmp_path / "run"), seeds=(0,), n_boot=100)

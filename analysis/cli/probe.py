@@ -245,8 +245,9 @@ def _run(
     config: ProbeConfig, *, dry_run: bool, shard: tuple[int, int] | None, json_output: bool, quiet: bool
 ) -> ProbeResults | None:
     from analysis.interpretation import interpret
+    from probing.encoding import extract_shard
     from probing.planning import plan_probing
-    from probing.running import extract_shard, run_plan
+    from probing.running import run_plan
 
     plan = plan_probing(config)
     if dry_run:
