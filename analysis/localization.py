@@ -287,7 +287,7 @@ def localization_test(
             "Choose one stack, site, pooling and probe."
         )
     depth = int(max(c.hidden.max() for c in curves)) if num_blocks is None else num_blocks
-    tasks = tuple(_date(c, claim, seed) for c in curves)
+    tasks = tuple(date_curve(c, claim, seed) for c in curves)
     adjustments = sorted({c.adjusted_by for c in curves if c.level in claim.levels})
     l1, verdict, power = _order(tasks, claim, depth)
     words = {
@@ -336,7 +336,14 @@ def order_verdict(
     return verdict, float(difference / num_blocks), (float(low), float(high)), trend.p, trend.smallest_p
 
 
-def _date(curve: LayerCurve, claim: Hypothesis, seed: int) -> TaskDepth:
+def date_curve(curve: LayerCurve, claim: Hypothesis, seed: int = 0) -> TaskDepth:
+    """Depth of one task by the hypothesis' statistic, or why it has none.
+
+    Args:
+        curve: the task's curve, under one of the hypothesis' levels; without replicates as published curves are.
+        claim: levels and statistic.
+        seed: chooses the draws of the emergence correction.
+    """
     if curve.level not in claim.levels:
         return TaskDepth(
             curve.task, curve.level, math.nan, math.nan, math.nan, False, "its level is not in the hypothesis"

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from analysis.hypothesis import HypothesisFile, default_hypothesis
-from analysis.localization import LocalizationTest, localization_test
+from analysis.localization import Condition, LocalizationTest, localization_test
+from analysis.stability import is_stable, stability
 from probing.curves import LayerCurve
 from spafit import io
 from spafit.errors import DataError, UsageError
 
 COLUMNS = (
     "source", "variant", "verdict", "difference", "low", "high", "p", "smallest_p", "power", "tasks", "left_out",
-    "blocks", "sentence",
+    "blocks", "stability", "sentence",
 )  # fmt: skip
 
 
@@ -54,6 +55,8 @@ class Localized:
             lines.append("| " + " | ".join([*cells, row["tasks"]]) + " |")
         counts = Counter(self.table["verdict"])
         found = self.table["difference"].dropna()
+        stated = self.table[self.table["stability"] != ""].drop_duplicates(["source", "stability"])
+        lines += ["", *(f"{r['source']}: {r['stability']}" for r in stated.to_dict("records"))] if len(stated) else []
         lines += ["", f"Verdicts: {', '.join(f'{n} {v}' for v, n in counts.most_common())}."]
         if len(found) > 1:
             lines.append(
@@ -98,8 +101,10 @@ def localize(sources: Sequence[str | Path], hypothesis: HypothesisFile | None = 
     claim = default_hypothesis() if hypothesis is None else hypothesis
     rows, tests = [], []
     for source in sources:
+        fourth = _stability(Path(source), claim)
         for name, variant, curves, blocks in _curves(Path(source)):
             test = localization_test([claim.file_curve(c) for c in curves], claim.hypothesis, num_blocks=blocks)
+            test = _with_stability(test, fourth)
             first = test.conditions[0]
             low, high = first.interval or (np.nan, np.nan)
             used = Counter(t.level for t in test.tasks if t.used)
@@ -110,11 +115,33 @@ def localize(sources: Sequence[str | Path], hypothesis: HypothesisFile | None = 
                     "difference": np.nan if first.number is None else first.number, "low": low, "high": high, **numbers,
                     "tasks": ", ".join(f"{used[level]} {level}" for level in claim.hypothesis.levels),
                     "left_out": ", ".join(t.task for t in test.tasks if not t.used), "blocks": blocks,
-                    "sentence": test.sentence,
+                    "stability": "" if fourth is None else fourth.sentence, "sentence": test.sentence,
                 }
             )  # fmt: skip
             tests.append(test)
     return Localized(pd.DataFrame(rows, columns=list(COLUMNS)), tuple(tests), claim)
+
+
+def _stability(source: Path, claim: HypothesisFile) -> Condition | None:
+    """Condition L4 of a run's folder; published curves have none."""
+    from probing.results import ProbeResults
+
+    return stability(ProbeResults.load(source), claim) if (source / "run.json").exists() else None
+
+
+def _with_stability(test: LocalizationTest, fourth: Condition | None) -> LocalizationTest:
+    """The test with its condition L4; an order that is not stable is not supported."""
+    if fourth is None:
+        return test
+    conditions = (*test.conditions[:3], fourth)
+    if not fourth.tested:
+        return replace(test, conditions=conditions)
+    failed = test.verdict == "supported" and not is_stable(fourth)
+    return replace(
+        test, conditions=conditions, verdict="inconclusive" if failed else test.verdict,
+        tested="order of emergence (L1) and its stability (L4)" if test.conditions[0].tested else test.tested,
+        sentence=f"{test.sentence} {fourth.sentence}",
+    )  # fmt: skip
 
 
 def _curves(source: Path) -> Iterator[tuple[str, str, list[LayerCurve], int]]:

@@ -30,7 +30,7 @@ def run(*files: str) -> None:
     for statistic in STATISTICS:
         changed = replace(claim, hypothesis=replace(claim.hypothesis, statistic=statistic))
         tables.append(localize(files, changed).table.assign(statistic=statistic))
-    table = pd.concat(tables, ignore_index=True).drop(columns="sentence")
+    table = pd.concat(tables, ignore_index=True).drop(columns=["sentence", "stability"])
     table.round(5).to_csv(HERE / "verdicts.csv", index=False)
     write_page()
 
