@@ -148,6 +148,30 @@ def breakdown(
     return Breakdown(table, pd.DataFrame(summaries), tuple(left_out))
 
 
+def part_curves(
+    results: ProbeResults, column: str, *, least_items: int = LEAST_ITEMS, n_boot: int = 1000
+) -> dict[str, list[LayerCurve]]:
+    """Curves of every task with bits in each part of a column, parts in their order.
+
+    Raises:
+        UsageError: no task has such a column with two parts or more of enough items.
+    """
+    found: dict[str, list[LayerCurve]] = {}
+    for task in results.tasks_with_bits:
+        items = results.items(task)
+        values = _values(items, column)
+        for part, chosen in _parts(values) if values is not None else ():
+            curve = _curve(results, task, items[chosen], n_boot, least_items)
+            if curve is not None:
+                found.setdefault(part, []).append(curve)
+    if len(found) < 2:
+        raise UsageError(
+            f"No task of {results.folder} has two parts of {least_items} test items or more by {column!r}. "
+            "spafit breakdown lists the columns that there are."
+        )
+    return found
+
+
 def _values(items: pd.DataFrame, column: str) -> pd.Series | None:
     """The column of each row of items; None where the task has none."""
     if column in items.columns and column not in OWN_COLUMNS:

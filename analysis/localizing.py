@@ -82,7 +82,9 @@ class Localized:
         return [folder / f"localization.{end}" for end in ("md", "csv", "json")]
 
 
-def localize(sources: Sequence[str | Path], hypothesis: HypothesisFile | None = None) -> Localized:
+def localize(
+    sources: Sequence[str | Path], hypothesis: HypothesisFile | None = None, *, by: str | None = None
+) -> Localized:  # fmt: skip
     """Test a hypothesis on every source by itself.
 
     Published curves have no items behind them: their depths are the plain centre of gravity of the running maximum,
@@ -91,6 +93,8 @@ def localize(sources: Sequence[str | Path], hypothesis: HypothesisFile | None = 
     Args:
         sources: folders of probing runs, and CSV files of published single-layer scores.
         hypothesis: the claim; the shipped one by default.
+        by: a column of the runs' items, such as ``genre``: each of its parts gets a verdict of its own, too, from the
+            first pooling and probe. Tasks that lack the column are not in it.
 
     Raises:
         DataError: a source is neither, or holds cumulative scores or weights.
@@ -102,9 +106,10 @@ def localize(sources: Sequence[str | Path], hypothesis: HypothesisFile | None = 
     rows, tests = [], []
     for source in sources:
         fourth = _stability(Path(source), claim)
-        for name, variant, curves, blocks in _curves(Path(source)):
+        for name, variant, curves, blocks in (*_curves(Path(source)), *_parts_of(Path(source), by)):
             test = localization_test([claim.file_curve(c) for c in curves], claim.hypothesis, num_blocks=blocks)
-            test = _with_stability(test, fourth)
+            stated = None if by is not None and variant.startswith(f"{by} ") else fourth
+            test = _with_stability(test, stated)
             first = test.conditions[0]
             low, high = first.interval or (np.nan, np.nan)
             used = Counter(t.level for t in test.tasks if t.used)
@@ -115,7 +120,7 @@ def localize(sources: Sequence[str | Path], hypothesis: HypothesisFile | None = 
                     "difference": np.nan if first.number is None else first.number, "low": low, "high": high, **numbers,
                     "tasks": ", ".join(f"{used[level]} {level}" for level in claim.hypothesis.levels),
                     "left_out": ", ".join(t.task for t in test.tasks if not t.used), "blocks": blocks,
-                    "stability": "" if fourth is None else fourth.sentence, "sentence": test.sentence,
+                    "stability": "" if stated is None else stated.sentence, "sentence": test.sentence,
                 }
             )  # fmt: skip
             tests.append(test)
@@ -163,6 +168,18 @@ def _curves(source: Path) -> Iterator[tuple[str, str, list[LayerCurve], int]]:
         groups.setdefault(", ".join(one.keys.values()), []).append(one.curve)
     for variant, curves in groups.items():
         yield source.stem, variant, curves, int(max(c.hidden.max() for c in curves))
+
+
+def _parts_of(source: Path, by: str | None) -> Iterator[tuple[str, str, list[LayerCurve], int]]:
+    if by is None or not (source / "run.json").exists():
+        return
+    from analysis.breakdown import part_curves
+    from probing.results import ProbeResults
+
+    results = ProbeResults.load(source)
+    model = results.run["model"]
+    for part, curves in part_curves(results, by).items():
+        yield str(model["name"]), f"{by} {part}", curves, int(model["blocks"])
 
 
 def _of_run(folder: Path) -> Iterator[tuple[str, str, list[LayerCurve], int]]:

@@ -13,6 +13,7 @@ from analysis.hypothesis import read_hypothesis
 from analysis.localizing import localize
 from analysis.stability import is_stable, order, stability
 from probing import ProbeResults, probe_arrays
+from spafit.errors import UsageError
 from tests.planted import planted_states
 
 TASKS = {"surface": (0, 1), "syntax": (2, 3), "semantics": (4, 4)}
@@ -96,3 +97,21 @@ def test_what_does_not_vary_is_named(fits, claim: Path) -> None:
 def test_too_few_tasks_have_no_order(fits, claim: Path) -> None:
     curves = [replace(fits["0"].curve("t", n_boot=100), task=f"x{i}", level="surface") for i in range(2)]
     assert np.isnan(order(curves, read_hypothesis(claim)))
+
+
+def test_parts_have_verdicts_of_their_own(fits, claim: Path, tmp_path: Path) -> None:
+    """Items whose levels stand in the claimed order, and as many whose levels stand in the other one."""
+    whole = run(fits, turned="first", probes=("linear",))
+    items = {}
+    for task, table in whole.item_tables.items():
+        parts = [table[table["pooling"] == p].assign(kind=k) for p, k in (("mean", "as claimed"), ("first", "turned"))]
+        renamed = [p.assign(item=p["item"].astype(str) + k, pooling="mean") for p, k in zip(parts, "ab", strict=True)]
+        items[task] = pd.concat(renamed, ignore_index=True)
+    mixed = replace(whole, scores=whole.scores[whole.scores["pooling"] == "mean"], item_tables=items)
+    folder = mixed.save(tmp_path / "mixed")
+    table = localize([folder], read_hypothesis(claim), by="kind").table.set_index("variant")
+    assert table.loc["kind as claimed", "verdict"] == "supported"
+    assert table.loc["kind turned", "difference"] < 0
+    assert table.loc["kind turned", "stability"] == ""
+    with pytest.raises(UsageError, match="No task of"):
+        localize([folder], read_hypothesis(claim), by="colour")
