@@ -179,7 +179,8 @@ def _values(items: pd.DataFrame, column: str) -> pd.Series | None:
         return found if found.notna().any() else None
     if column == "length":
         texts = items["text"].astype("category").cat
-        return pd.Series(np.array([len(t.split()) for t in texts.categories])[texts.codes], index=items.index)
+        words = [sum(word != "⏐" for word in t.split()) for t in texts.categories]  # the mark between two texts is none
+        return pd.Series(np.array(words)[texts.codes], index=items.index)
     return None
 
 
