@@ -19,10 +19,9 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from probing.curves import LayerCurve
-from probing.summaries import emergence, published_emergence
+from probing.summaries import emergence
 from spafit import io
 from spafit.errors import UsageError
-from spafit.stats import interval
 from spafit.trend import jonckheere_terpstra, trend_power
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ Verdict = Literal["supported", "refuted", "inconclusive"]
 TESTED = "order of emergence (L1) only"
 NOTHING_TESTED = "nothing: too few tasks"
 
-_DEPTHS = {"emergence_cog": "emergence", "best": "place of the largest score"}
 _NOT_TESTED = {
     "L2": "Not tested: whether intervening on a range of layers harms its own kind of knowledge more than on any other "
     "range of the same length needs interventions on the model.",
@@ -53,15 +51,14 @@ class Hypothesis:
         alpha: level of the one-sided tests.
         delta: smallest difference of depth between the first and the last level that would matter, as a fraction of
             the number of blocks.
-        statistic: the depth of one task: its bias-corrected emergence centre of gravity, or ``best``, the hidden state
-            of its largest score, which is noise on a flat curve but exists for every task.
+        statistic: the depth of one task: its bias-corrected emergence centre of gravity.
         min_tasks: fewest usable tasks per level with which the test is run.
     """
 
     levels: tuple[str, ...] = ("surface", "syntax", "semantics")
     alpha: float = 0.05
     delta: float = 0.1
-    statistic: Literal["emergence_cog", "best"] = "emergence_cog"
+    statistic: Literal["emergence_cog"] = "emergence_cog"
     min_tasks: int = 2
 
     def __post_init__(self) -> None:
@@ -73,8 +70,6 @@ class Hypothesis:
                 f"A hypothesis needs alpha between 0 and 0.5 and delta between 0 and 1; got alpha={self.alpha}, "
                 f"delta={self.delta}."
             )
-        if self.statistic not in ("emergence_cog", "best"):
-            raise UsageError(f"statistic must be emergence_cog or best; got {self.statistic!r}.")
         if self.min_tasks < 2:
             raise UsageError(f"min_tasks must be at least 2, to see how tasks of a level differ; got {self.min_tasks}.")
 
@@ -287,7 +282,7 @@ def localization_test(
             "Choose one stack, site, pooling and probe."
         )
     depth = int(max(c.hidden.max() for c in curves)) if num_blocks is None else num_blocks
-    tasks = tuple(date_curve(c, claim, seed) for c in curves)
+    tasks = tuple(_date(c, claim, seed) for c in curves)
     adjustments = sorted({c.adjusted_by for c in curves if c.level in claim.levels})
     l1, verdict, power = _order(tasks, claim, depth)
     words = {
@@ -336,24 +331,12 @@ def order_verdict(
     return verdict, float(difference / num_blocks), (float(low), float(high)), trend.p, trend.smallest_p
 
 
-def date_curve(curve: LayerCurve, claim: Hypothesis, seed: int = 0) -> TaskDepth:
-    """Depth of one task by the hypothesis' statistic, or why it has none.
-
-    Args:
-        curve: the task's curve, under one of the hypothesis' levels; without replicates as published curves are.
-        claim: levels and statistic.
-        seed: chooses the draws of the emergence correction.
-    """
+def _date(curve: LayerCurve, claim: Hypothesis, seed: int) -> TaskDepth:
     if curve.level not in claim.levels:
         return TaskDepth(
             curve.task, curve.level, math.nan, math.nan, math.nan, False, "its level is not in the hypothesis"
         )
-    if claim.statistic == "best":
-        hidden = np.asarray(curve.hidden)
-        low, high = interval(hidden[curve.replicates.argmax(1)]) if len(curve.replicates) else (math.nan, math.nan)
-        depth = float(hidden[np.argmax(curve.values)])
-        return TaskDepth(curve.task, curve.level, depth, float(low), float(high), used=True)
-    found = emergence(curve, seed=seed) if len(curve.replicates) else published_emergence(curve)
+    found = emergence(curve, seed=seed)
     used = math.isfinite(found.value)
     return TaskDepth(curve.task, curve.level, found.value, *found.ci, used=used, note=found.note)
 
@@ -390,8 +373,7 @@ def _order(
     means = ", ".join(f"{level} {g.mean():.1f}" for level, g in zip(claim.levels, groups, strict=True))
     first, last = claim.levels[0], claim.levels[-1]
     numbers = (
-        f"Mean {_DEPTHS[claim.statistic]} of {len(used)} tasks in hidden states, of {depth} blocks: "
-        f"{means}. {last.capitalize()} minus "
+        f"Mean emergence of {len(used)} tasks in hidden states, of {depth} blocks: {means}. {last.capitalize()} minus "
         f"{first}: {difference * depth:.1f} layers, {100 * difference:.0f} % of the depth "
         f"({100 * (1 - 2 * claim.alpha):g} % interval {100 * interval[0]:.0f} to {100 * interval[1]:.0f} %). "
         f"Exact trend test over tasks: p = {_p(p)}, smallest reachable {_p(smallest_p)}."

@@ -16,8 +16,6 @@ from analysis.cli.compare import EXAMPLES as COMPARE_EXAMPLES
 from analysis.cli.compare import compare
 from analysis.cli.glue import EXAMPLES as GLUE_EXAMPLES
 from analysis.cli.glue import glue
-from analysis.cli.localize import EXAMPLES as LOCALIZE_EXAMPLES
-from analysis.cli.localize import localize
 from analysis.cli.probe import EXAMPLES, probe
 from analysis.cli.report import report
 from analysis.cli.sensitivity import EXAMPLES as SENSITIVITY_EXAMPLES
@@ -46,7 +44,6 @@ app.command("merge")(merge)
 app.command("glue", epilog=GLUE_EXAMPLES)(glue)
 app.command("compare", epilog=COMPARE_EXAMPLES)(compare)
 app.command("tradeoff", epilog=TRADEOFF_EXAMPLES)(tradeoff)
-app.command("localize", epilog=LOCALIZE_EXAMPLES)(localize)
 app.command("sensitivity", epilog=SENSITIVITY_EXAMPLES)(sensitivity)
 app.command("breakdown", epilog=BREAKDOWN_EXAMPLES)(breakdown)
 app.command("report")(report)
