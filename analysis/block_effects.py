@@ -132,7 +132,7 @@ def effects_of_training(table: pd.DataFrame, *, source: str) -> BlockEffects:
     """What each block adds to the bits of a task that training lost: ``lost`` at hidden k + 1 less that at hidden k.
 
     Args:
-        table: the table ``forgetting`` of a comparison, of one model after, one split, probe and pooling, in one metric.
+        table: the table ``forgetting`` of a comparison, of one model, split, probe, pooling and metric.
         source: where it comes from.
     """
     rows = table[table["term"] == "lost"].sort_values("hidden", kind="stable")
@@ -183,7 +183,7 @@ def _one_metric(rows: pd.DataFrame) -> pd.DataFrame:
 def _effects(kind: Intervened, rows: pd.DataFrame, *, source: str) -> BlockEffects:
     if rows[["task", "block"]].isna().any().any():
         raise DataError(f"{source}: a task or block is missing in a row.")
-    rows = rows.assign(half=rows["half"] if "half" in rows else 0)
+    rows = rows.assign(half=rows.get("half", 0))
     halves = sorted(set(rows["half"]))
     if halves not in ([0], [0, 1]):
         raise DataError(f"{source}: the column half holds {halves}; write 0 and 1.")

@@ -196,9 +196,7 @@ def order_test(
     pair_p, pairs = np.full((n, n), np.nan), {}
     for i, j in combinations(range(n), 2):
         margin = delta * num_blocks * (j - i) / (n - 1)
-        found_difference = difference(
-            groups[i], groups[j], spread=spread, freedom=freedom, alpha=alpha, margin=margin
-        )
+        found_difference = difference(groups[i], groups[j], spread=spread, freedom=freedom, alpha=alpha, margin=margin)
         pairs[i, j] = Difference(
             found_difference.value / num_blocks,
             (found_difference.interval[0] / num_blocks, found_difference.interval[1] / num_blocks),

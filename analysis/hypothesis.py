@@ -24,12 +24,14 @@ from spafit.strata_files import _build, _fields, _list, _Loader
 SCHEMA_VERSION = 1
 DEFAULT = "bert-pipeline"
 HeldOut = Literal["none", "tasks", "items"]
+#: What a task's depth is: the bias-corrected centre of its rises, or the hidden state with the largest score.
+Statistic = Literal["emergence_cog", "best"]
 #: What an interventional effect was measured with; see :mod:`analysis.block_effects`.
 Intervened = Literal["blocks", "erasure", "training"]
 INTERVENTIONS: tuple[Intervened, ...] = get_args(Intervened)
 _LEVEL = "level:"
 _FIELDS = (
-    "name", "description", "delta", "alpha", "min_tasks", "seeds", "poolings", "probes", "interventions", "held_out",
+    "name", "description", "statistic", "delta", "alpha", "min_tasks", "seeds", "poolings", "probes", "interventions", "held_out",
     "split_seed",
 )  # fmt: skip
 
@@ -88,8 +90,9 @@ class Hypothesis:
             itself an assumption.
         name: a short name.
         description: the claim in words.
+        statistic: the depth of one task: ``emergence_cog``, or ``best``, which is noise on a flat curve.
         alpha: level of the one-sided tests.
-        delta: smallest difference that would matter: of emergence between the first and the last type, as a fraction
+        delta: smallest difference that would matter: of depth between the first and the last type, as a fraction
             of the number of blocks; and between types, of the share of an intervention's effect that falls in a range.
         min_tasks: fewest usable tasks per type with which a condition is tested.
         seeds: fewest seeds over which the order must keep its sign.
@@ -103,6 +106,7 @@ class Hypothesis:
     types: tuple[KnowledgeType, ...]
     name: str = "hypothesis"
     description: str = ""
+    statistic: Statistic = "emergence_cog"
     alpha: float = 0.05
     delta: float = 0.1
     min_tasks: int = 2
@@ -130,6 +134,7 @@ class Hypothesis:
                 raise FieldError((field,), f"got {list(given)}; write one or more different names.")
         for i, kind in enumerate(self.interventions):
             choice(kind, ("interventions", i), INTERVENTIONS, "kind of intervention")
+        choice(self.statistic, ("statistic",), get_args(Statistic), "depth of a task")
         choice(self.held_out, ("held_out",), get_args(HeldOut), "way to hold evidence out")
         for i, t in enumerate(self.types):
             if self.held_out != "none" and t.range is not None:
@@ -166,9 +171,13 @@ class Hypothesis:
         content["types"] = [{k: v for k, v in t.items() if v is not None} for t in content["types"]]
         return io.plain(content)
 
+    def to_yaml(self) -> str:
+        """The file's text."""
+        return str(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110))
+
     def save(self, path: str | Path) -> Path:
         """Write a hypothesis file."""
-        io.write_text(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+        io.write_text(Path(path), self.to_yaml())
         return Path(path)
 
     @classmethod
@@ -246,7 +255,9 @@ def _from_plain(content: Any) -> Hypothesis:
             if claimed is not None and (not isinstance(claimed, list) or len(claimed) != 2):
                 raise FieldError(("range",), f"got {claimed!r}; write [start, stop] as fractions of the depth.")
             tasks = _names(got["tasks"], ("tasks",)) if "tasks" in got else ()
-            types.append(KnowledgeType(text(got["name"], ("name",)), tasks, None if claimed is None else tuple(claimed)))
+            types.append(
+                KnowledgeType(text(got["name"], ("name",)), tasks, None if claimed is None else tuple(claimed))
+            )
     for field in {"name", "description"} & set(top):
         text(top[field], (field,))
     for field in ("probes", "interventions"):

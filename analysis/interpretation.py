@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.localization import LocalizationTest, localization_test
+from analysis.stability import readings_of
 from analysis.suggestion import StrataSuggestion, suggest_strata
 from probing.results import ProbeResults
 from spafit import __version__, io
@@ -63,7 +64,7 @@ def interpret(results: ProbeResults, *, rewrite: bool = False) -> Interpretation
 
     model = results.run["model"]
     curves = results.curves(adjusted_by="random-encoder")
-    localization = localization_test(curves, num_blocks=model["blocks"])
+    localization = localization_test(curves, num_blocks=model["blocks"], readings=readings_of(results))
     suggestion = suggest_strata(
         curves,
         num_blocks=model["blocks"],

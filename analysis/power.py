@@ -54,7 +54,9 @@ class Plan:
         return found
 
 
-def plan(claim: Hypothesis, counts: Sequence[int], num_blocks: int, *, interventions: bool, depths: bool = True) -> Plan:
+def plan(
+    claim: Hypothesis, counts: Sequence[int], num_blocks: int, *, interventions: bool, depths: bool = True
+) -> Plan:
     """Power and smallest p from the numbers of tasks alone.
 
     Args:
@@ -139,7 +141,7 @@ def range_power(
     simulations: int = SIMULATIONS,
     seed: int = 0,
 ) -> float:
-    """Probability that L2 holds for every type, by single-step max-T over ranges of the same length, without its random sets.
+    """Probability that L2 holds for every type, by single-step max-T over ranges, its random sets left out.
 
     Args:
         counts: tasks of each type.

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 
-from analysis.hypothesis import Hypothesis
+from analysis.hypothesis import Hypothesis, Statistic
 from analysis.verdicts import Condition, listed, p_text
+from probing.curves import LayerCurve
 from probing.results import ProbeResults
-from probing.summaries import emergence
+from probing.summaries import emergence, never_above_control
 from spafit.trend import jonckheere_terpstra
 
 Kind = Literal["seed", "pooling", "probe", "random-encoder"]
@@ -35,11 +37,12 @@ class Reading:
     depths: Mapping[str, float]
 
 
-def readings_of(results: ProbeResults, *, seed: int = 0) -> tuple[Reading, ...]:
+def readings_of(results: ProbeResults, *, statistic: Statistic = "emergence_cog", seed: int = 0) -> tuple[Reading, ...]:
     """Every reading of the order that a probing run allows, each like the run's first one but for one thing.
 
     Args:
         results: the run; tasks without bits are left out.
+        statistic: the depth of one task, as in the hypothesis.
         seed: chooses the draws of the emergence correction.
     """
     scores = results.scores
@@ -56,7 +59,8 @@ def readings_of(results: ProbeResults, *, seed: int = 0) -> tuple[Reading, ...]:
         first = {c: items[c].iloc[0] for c in ("pooling", "probe")}
         has_random = (items["control"] == "random-encoder").any()
         main = items[(items["pooling"] == first["pooling"]) & (items["probe"] == first["probe"])]
-        parts: list[tuple[Kind, str, object]] = [("seed", str(s), main[main["seed"] == s]) for s in main["seed"].unique()]
+        parts: list[tuple[Kind, str, pd.DataFrame]] = []
+        parts += [("seed", str(s), main[main["seed"] == s]) for s in main["seed"].unique()]
         for column, names in (("pooling", poolings), ("probe", probes)):
             other = "probe" if column == "pooling" else "pooling"
             rows = items[items[other] == first[other]]
@@ -64,15 +68,21 @@ def readings_of(results: ProbeResults, *, seed: int = 0) -> tuple[Reading, ...]:
         if has_random:
             parts.append(("random-encoder", "", main[main["control"] == "random-encoder"].assign(control="none")))
         for kind, name, rows in parts:
-            if not len(rows):  # type: ignore[arg-type]
+            if rows.empty:
                 continue
             own = replace(results, item_tables={task: rows})
             curve = own.curve(task, adjusted_by="random-encoder", site=site, n_boot=_DRAWS)
-            depth = emergence(curve, n_draws=_DRAWS, seed=seed).value
+            depth = _depth(curve, statistic, seed)
             found.setdefault((kind, name), {})
             if math.isfinite(depth):
                 found[kind, name][task] = depth
     return tuple(Reading(kind, name, depths) for (kind, name), depths in found.items())
+
+
+def _depth(curve: LayerCurve, statistic: Statistic, seed: int) -> float:
+    if statistic == "best":
+        return math.nan if never_above_control(curve) else float(curve.hidden[np.argmax(curve.values)])
+    return emergence(curve, n_draws=_DRAWS, seed=seed).value
 
 
 def stability(readings: Sequence[Reading], types: Mapping[str, str], claim: Hypothesis) -> Condition:
@@ -115,7 +125,8 @@ def stability(readings: Sequence[Reading], types: Mapping[str, str], claim: Hypo
         wrong = wrong or there
     number = float(np.mean(signs)) if signs else None
     if missing:
-        words.insert(0, f"{'Contradicted' if wrong else 'Not tested'} in full: it would also need {listed(missing)}.")
+        words.append(f"{'Not looked at' if wrong else 'Needed, too'}: {listed(missing)}.")
+        words.insert(0, "Contradicted." if wrong else "Not tested in full.")
     outcome = "fails" if wrong else "not tested" if missing else "holds"
     return Condition("L4", not missing, " ".join(words), outcome, number)
 
@@ -132,7 +143,8 @@ def _lacking(kind: str, dated: Sequence[str], claim: Hypothesis) -> str:
 
 def _difference(reading: Reading, types: Mapping[str, str], claim: Hypothesis) -> float | None:
     """Mean depth of the last type less that of the first; None where either cannot be dated."""
-    ends = [[d for t, d in reading.depths.items() if types.get(t) == name] for name in (claim.levels[0], claim.levels[-1])]
+    names = claim.levels[0], claim.levels[-1]
+    ends = [[d for t, d in reading.depths.items() if types.get(t) == name] for name in names]
     return None if min(map(len, ends)) < 1 else float(np.mean(ends[1]) - np.mean(ends[0]))
 
 
