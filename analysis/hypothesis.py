@@ -31,8 +31,8 @@ Intervened = Literal["blocks", "erasure", "training"]
 INTERVENTIONS: tuple[Intervened, ...] = get_args(Intervened)
 _LEVEL = "level:"
 _FIELDS = (
-    "name", "description", "statistic", "delta", "alpha", "min_tasks", "seeds", "poolings", "probes", "interventions", "held_out",
-    "split_seed",
+    "name", "description", "statistic", "delta", "alpha", "min_tasks", "seeds", "poolings", "probes", "interventions",
+    "held_out", "split_seed",
 )  # fmt: skip
 
 
