@@ -290,17 +290,19 @@ def in_words(verdict: Verdict, conditions: Sequence[Condition], claim: Hypothesi
     first, last, every = claim.levels[0], claim.levels[-1], listed(claim.levels)
     by_name = {c.name: c for c in conditions}
     only_order = not (by_name["L2"].tested or by_name["L3"].tested)
+    emerges = claim.statistic == "emergence_cog"
+    what, verb = ("emergence", "emerge") if emerges else ("the best hidden state", "can be read best")
     if verdict == "supported":
-        words = f"This supports that the depth of emergence rises from {first} to {last}."
+        words = f"This supports that the depth of {what} rises from {first} to {last}."
         if not only_order:
             words = f"This supports that {every} sit in layers of their own."
     elif verdict == "refuted":
-        words = f"This refutes that {every} emerge at depths that differ enough to matter."
+        words = f"This refutes that {every} {verb} at depths that differ enough to matter."
         if not only_order:
             out = [_CONDITIONS[c.name] for c in conditions if c.outcome == "refuted"]
             words = f"This refutes that {every} sit in layers of their own: {listed(out)}."
     else:
-        words = f"Whether {every} emerge in this order of depth is not known."
+        words = f"Whether {every} {verb} in this order of depth is not known."
         if not only_order:
             words = f"Whether {every} sit in layers of their own is not known."
     counts = [c.outcome == "fails" and by_name["L1"].outcome == "holds" for c in conditions]

@@ -103,7 +103,7 @@ def plot_runs(found: LocalizationRuns, ax: Axes | None = None) -> Axes:
             depths = np.array([d.depth for d in run.test.tasks if d.used and d.level == t.name]) / run.test.num_blocks
             if len(depths):
                 at = np.full(len(depths), row + offset)
-                ax.plot(100 * depths, at, "o", color=colors[t.name], markersize=3, alpha=0.5)
+                ax.plot(100 * depths, at, "o", color=colors[t.name], markersize=3, alpha=0.5, clip_on=False)
                 ax.plot(100 * depths.mean(), row + offset, "D", color=colors[t.name], markersize=6)
         ax.plot([], [], "D", color=colors[t.name], markersize=6, label=t.name)
     for row, run in enumerate(runs):
@@ -111,7 +111,8 @@ def plot_runs(found: LocalizationRuns, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(len(runs)), [r.name for r in runs])
     ax.set_ylim(len(runs) - 0.5, -0.5)
     ax.set_xlim(0, 100)
-    ax.set_xlabel("emergence, % of the depth (shaded: claimed range)")
+    what = "emergence" if claim.statistic == "emergence_cog" else "best hidden state"
+    ax.set_xlabel(f"{what}, % of the depth (shaded: claimed range)")
     ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(claim.types))
     return ax
 

@@ -353,3 +353,13 @@ def test_verdict_needs_every_tested_condition_and_adjusts_refutations():
     assert decide([holds, out], alpha=0.05)[0] == "inconclusive"  # .03 of two is .06
     assert decide([Condition("L4", True, "", "holds")], alpha=0.05)[0] == "inconclusive"
     assert decide([holds, Condition("L2", True, "", "open", p_refuted=0.02)], alpha=0.05)[1][1].outcome == "refuted"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("options", [{"gap": 0.0}, {"gap": 0.0, "trend": 3.0}, {"gap": 3.0, "shuffled": True}])
+def test_supported_comes_up_in_at_most_five_percent_of_a_thousand_worlds(options):
+    found = worlds(1000, 17, **options)
+    assert found.count("supported") / 1000 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 1000)
+    found = worlds(1000, 18, counts=(2, 3, 5), **options)
+    assert "supported" not in found  # no pair of so few tasks can pass
