@@ -11,6 +11,7 @@ import pandas as pd
 
 from analysis.localization import LocalizationTest, localization_test
 from analysis.sensitivity import unstable_tasks
+from analysis.stability import readings_of
 from analysis.suggestion import StrataSuggestion, suggest_strata
 from probing.results import ProbeResults
 from spafit import __version__, io
@@ -67,7 +68,8 @@ def interpret(results: ProbeResults, *, rewrite: bool = False) -> Interpretation
     curves = results.curves(adjusted_by="random-encoder")
     unstable = unstable_tasks(folder)
     stable = [c for c in curves if c.task not in unstable]
-    localization = localization_test(stable or curves, num_blocks=model["blocks"])
+    readings = readings_of(results, without=unstable if stable else ())
+    localization = localization_test(stable or curves, num_blocks=model["blocks"], readings=readings)
     suggestion = suggest_strata(
         curves,
         num_blocks=model["blocks"],

@@ -1,8 +1,9 @@
-"""The localization test: does knowledge of different levels emerge at different depths? Supported, refuted, not known.
+"""The localization test: does each type of knowledge sit in layers of its own? Supported, refuted, or not known.
 
-A claim "knowledge of type k lives in layers R_k" needs four conditions. From layer curves alone the first can be
-tested: L1, emergence depths are ordered across levels. The others need interventions, pairs of types, or repeated
-runs, and are reported as not tested with what they would need.
+"Type k lives in range R_k" needs four conditions. L1: tasks of later types emerge deeper. L2: intervening on R_k harms
+type k's tasks more than intervening elsewhere does. L3: every pair of types is doubly dissociated. L4: the order keeps
+its sign over seeds, poolings and probes, and a random encoder does not show it. Each is tested where there is evidence
+for it, and said to be not tested where there is none.
 """
 
 from __future__ import annotations
@@ -12,71 +13,35 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats as scipy_stats
 
+from analysis.block_effects import BlockEffects
+from analysis.hypothesis import Hypothesis, Statistic, default_hypothesis
+from analysis.judging import Shares, judge_interventions, judge_order, judge_types, prepare_shares
+from analysis.power import Plan, plan
+from analysis.stability import Reading, stability
+from analysis.verdicts import Condition, TypeVerdict, Verdict, decide, listed
 from probing.curves import LayerCurve
-from probing.summaries import emergence
+from probing.summaries import emergence, expected_layer_robust, never_above_control
 from spafit import io
-from spafit.errors import UsageError
-from spafit.trend import jonckheere_terpstra, trend_power
+from spafit.errors import DataError, UsageError
+from spafit.stats import interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Verdict = Literal["supported", "refuted", "inconclusive"]
-
 #: What the test speaks about, for a reader.
 TESTED = "order of emergence (L1) only"
 NOTHING_TESTED = "nothing: too few tasks"
-
-_NOT_TESTED = {
-    "L2": "Not tested: whether intervening on a range of layers harms its own kind of knowledge more than on any other "
-    "range of the same length needs interventions on the model.",
-    "L3": "Not tested: a double dissociation for every pair of levels needs interventions on the model.",
-    "L4": "Not tested: stability needs the same sign over three or more seeds, two poolings and two probe families, "
-    "and no such order in a random encoder.",
+_CONDITIONS = {
+    "L1": "order of emergence (L1)",
+    "L2": "effects by range (L2)",
+    "L3": "double dissociation (L3)",
+    "L4": "stability (L4)",
 }
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """What is claimed, fixed before looking: the same content gives the same digest in every result.
-
-    Attributes:
-        levels: the levels, earliest first. Which task belongs to which level is itself an assumption.
-        alpha: level of the one-sided tests.
-        delta: smallest difference of depth between the first and the last level that would matter, as a fraction of
-            the number of blocks.
-        statistic: the depth of one task: its bias-corrected emergence centre of gravity.
-        min_tasks: fewest usable tasks per level with which the test is run.
-    """
-
-    levels: tuple[str, ...] = ("surface", "syntax", "semantics")
-    alpha: float = 0.05
-    delta: float = 0.1
-    statistic: Literal["emergence_cog"] = "emergence_cog"
-    min_tasks: int = 2
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if len(self.levels) < 2 or len(set(self.levels)) != len(self.levels):
-            raise UsageError(f"A hypothesis needs two or more different levels in order; got {list(self.levels)}.")
-        if not 0 < self.alpha < 0.5 or not 0 < self.delta < 1:
-            raise UsageError(
-                f"A hypothesis needs alpha between 0 and 0.5 and delta between 0 and 1; got alpha={self.alpha}, "
-                f"delta={self.delta}."
-            )
-        if self.min_tasks < 2:
-            raise UsageError(f"min_tasks must be at least 2, to see how tasks of a level differ; got {self.min_tasks}.")
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over all fields."""
-        return io.content_digest(f"{name}={value}" for name, value in asdict(self).items())
 
 
 @dataclass(frozen=True)
@@ -85,11 +50,11 @@ class TaskDepth:
 
     Attributes:
         task: the task's name.
-        level: its level.
-        depth: bias-corrected emergence centre of gravity, a hidden index; NaN where it cannot be dated.
-        ci_low: lower end of its 95 % interval.
+        level: the type that the hypothesis files it under; its own level where it names none.
+        depth: emergence, or what the hypothesis names, a hidden index; NaN where it cannot be dated.
+        ci_low: lower end of its 95 % interval; NaN for a published curve, which has no items behind it.
         ci_high: upper end.
-        used: whether the task is a unit of the test.
+        used: whether the task is a unit of the order test.
         note: why it was left out, or how it should be read; empty otherwise.
     """
 
@@ -103,28 +68,20 @@ class TaskDepth:
 
 
 @dataclass(frozen=True)
-class Condition:
-    """One of the four conditions.
+class TaskShares:
+    """How the effect of an intervention on one task is shared between blocks.
 
     Attributes:
-        name: L1 to L4.
-        tested: whether it was.
-        number: for L1 the mean depth of the last level minus that of the first, as a fraction of the blocks.
-        interval: its interval of level 1 - 2·alpha, whose ends are the one-sided bounds that the verdict uses.
-        p: one-sided p of the exact trend test, tasks as units.
-        smallest_p: smallest p that these numbers of tasks could have given.
-        power: probability of p ≤ alpha if successive levels lay delta of the depth apart, at the observed spread.
-        sentence: the result in words.
+        task: the task's name.
+        level: its type.
+        kind: kind of intervention.
+        shares: of each block: effect / Σ|effect|.
     """
 
-    name: str
-    tested: bool
-    sentence: str
-    number: float | None = None
-    interval: tuple[float, float] | None = None
-    p: float | None = None
-    smallest_p: float | None = None
-    power: float | None = None
+    task: str
+    level: str
+    kind: str
+    shares: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -134,23 +91,27 @@ class LocalizationTest:
     Attributes:
         verdict: ``supported``, ``refuted`` or ``inconclusive``, about what ``tested`` names.
         sentence: the verdict in words for a reader.
-        tested: what was tested, in words; ``nothing: too few tasks`` where not even L1 could be.
+        tested: what was tested, in words; ``nothing: too few tasks`` where no condition could be.
         conditions: L1 to L4.
+        types: a verdict on each type.
         tasks: every task that was given, with its depth or why it was left out.
         hypothesis: what was claimed.
         num_blocks: depth of the model in blocks.
-        planned_power: power for the numbers of tasks used, before looking at any score: rows of step between
-            successive levels and task standard deviation (both in layers) and power; empty if the test was not run.
+        planned_power: power for the numbers of tasks used, before looking at any score; see
+            :class:`analysis.power.Plan`.
+        shares: of each task that L2 and L3 were tested on.
     """
 
     verdict: Verdict
     sentence: str
     tested: str
     conditions: tuple[Condition, ...]
+    types: tuple[TypeVerdict, ...]
     tasks: tuple[TaskDepth, ...]
     hypothesis: Hypothesis
     num_blocks: int
-    planned_power: tuple[dict[str, float], ...] = ()
+    planned_power: tuple[dict[str, float | str], ...] = ()
+    shares: tuple[TaskShares, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Content of ``verdict.json``: plain objects, missing numbers as None."""
@@ -159,31 +120,37 @@ class LocalizationTest:
             "schema_version": io.SCHEMA_VERSION,
             "alpha": self.hypothesis.alpha,
             "delta": self.hypothesis.delta,
+            "hypothesis": self.hypothesis.to_dict(),
             "hypothesis_digest": self.hypothesis.digest,
         }
         return io.plain(content)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> LocalizationTest:
-        """The inverse of :meth:`to_dict`."""
-        conditions = tuple(
-            Condition(**{**c, "interval": None if c["interval"] is None else tuple(c["interval"])})
-            for c in content["conditions"]
-        )
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            DataError: an earlier version of this package wrote it.
+        """
+        if "types" not in content:
+            raise DataError(
+                "This verdict was written before hypothesis files. Write it again with spafit report FOLDER."
+            )
         missing = dict.fromkeys(("depth", "ci_low", "ci_high"), math.nan)
         tasks = tuple(
             TaskDepth(**{**t, **{k: v for k, v in missing.items() if t[k] is None}}) for t in content["tasks"]
         )
-        stated = content["hypothesis"]
         return cls(
             verdict=content["verdict"],
             sentence=content["sentence"],
             tested=content["tested"],
-            conditions=conditions,
+            conditions=tuple(map(Condition.from_dict, content["conditions"])),
+            types=tuple(map(TypeVerdict.from_dict, content["types"])),
             tasks=tasks,
-            hypothesis=Hypothesis(**{**stated, "levels": tuple(stated["levels"])}),
+            hypothesis=Hypothesis.from_dict(content["hypothesis"]),
             num_blocks=content["num_blocks"],
             planned_power=tuple(content["planned_power"]),
+            shares=tuple(TaskShares(**{**s, "shares": tuple(s["shares"])}) for s in content["shares"]),
         )
 
     def save(self, directory: Path) -> Path:
@@ -234,175 +201,172 @@ def localization_test(
     hypothesis: Hypothesis | None = None,
     *,
     num_blocks: int | None = None,
+    effects: BlockEffects | None = None,
+    readings: Sequence[Reading] = (),
     seed: int = 0,
 ) -> LocalizationTest:
-    """Test whether levels emerge in the claimed order of depth, with tasks as units.
+    """Test a claim on the evidence that there is, with tasks as units.
 
-    Supported: the exact one-sided trend test (Jonckheere–Terpstra over all assignments of level labels to tasks) has
-    p ≤ alpha, and the last level lies deeper than the first. Refuted: the one-sided upper bound (confidence 1 - alpha)
-    on the depth difference between the last and the first level lies below delta, whether or not a smaller order
-    exists; the bound is Student's t for two means with the spread pooled over all levels. Inconclusive: anything
-    else, and always when a level has too few usable tasks or when no data could have reached alpha.
+    L1 needs curves. It holds where the exact one-sided trend test (Jonckheere–Terpstra over all assignments of types
+    to tasks) has p ≤ alpha and the last type lies deeper than the first. L2 and L3 need interventions
+    (:mod:`analysis.conditions` has the rules), L4 several readings. Supported: every condition that was tested holds.
+    Refuted: a bound excludes delta in one of them. Inconclusive: anything else, and always where no data could have
+    reached alpha (:func:`analysis.verdicts.decide`).
 
-    Tasks, not test items, are the units: a test over items finds differences between levels about half of the time
-    when tasks differ for no reason that has to do with their level. Both rules have been simulated: "supported" came
-    up in .04 of 1,000 worlds with shuffled levels, and in .06 where all levels emerge at one early depth but the late
-    ones gain five times less (the correction does not remove all bias of weak curves); at a true
-    difference of exactly delta "refuted" comes up in about alpha of them for normal, uniform and heavy-tailed task
-    depths. Both assume that tasks spread alike in all levels: where one level spreads twice as much as the others,
-    "supported" rose to .07 without a difference in mean and "refuted" to .13 (that level having the fewest tasks).
+    Tasks, not test items, are the units: a test over items finds differences between types about half of the time
+    when tasks differ for no reason that has to do with their type. L1 has been simulated: "supported" came up in .04
+    of 1,000 worlds with shuffled levels, and in .06 where all levels emerge at one early depth but the late ones gain
+    five times less (the correction does not remove all bias of weak curves); at a true difference of exactly delta
+    "refuted" comes up in about alpha of them for normal, uniform and heavy-tailed task depths. Both assume that tasks
+    spread alike in all types: where one type spreads twice as much as the others, "supported" rose to .07 without a
+    difference in mean and "refuted" to .13 (that type having the fewest tasks).
 
     When not to trust it. The claim is about this checkpoint; a claim about a training method needs five or more
-    trained models. Which task belongs to which level is an assumption, and tasks chosen for a level may share what
-    has nothing to do with it (their unit, their number of classes). Pooling and probe family move curves. That a
-    probe can read something does not show that the model uses it, nor where to tune. Curves that are not adjusted by
-    a control also show what any untrained network would. Tasks whose information is already in the embeddings have no
-    emergence and are left out, which is stated.
+    trained models. Which task belongs to which type is an assumption, and tasks chosen for a type may share what has
+    nothing to do with it (their unit, their number of classes). Pooling and probe family move curves. That a probe can
+    read something does not show that the model uses it, nor where to tune. Curves that are not adjusted by a control
+    also show what any untrained network would. Tasks whose information is already in the embeddings have no emergence
+    and are left out, which is stated. Effects of single blocks are added up over a range: interactions are not seen.
 
     Args:
-        curves: one curve per task; tasks of levels that the hypothesis does not name are listed and left out.
-        hypothesis: the claim; the default is surface before syntax before semantics, alpha .05, delta .1.
-        num_blocks: depth of the model; the largest hidden index of the curves if None.
+        curves: one curve per task; tasks that no type names are listed and left out. Curves without replicates, such
+            as published ones, are dated without correction. None at all leaves L1 out.
+        hypothesis: the claim; by default the shipped one, surface below syntax below semantics.
+        num_blocks: depth of the model; by default the largest hidden index of the curves, or that of the effects.
+        effects: interventional effects by task and block, for L2 and L3.
+        readings: for L4, from :func:`analysis.stability.readings_of`.
         seed: chooses the draws of the emergence correction.
 
     Returns:
         The verdict with its numbers.
 
     Raises:
-        UsageError: no curves, or a task given twice.
+        UsageError: no evidence, a task given twice, or effects of a model of another depth.
     """
-    claim = Hypothesis() if hypothesis is None else hypothesis
+    claim = default_hypothesis() if hypothesis is None else hypothesis
     names = [c.task for c in curves]
-    if not names:
-        raise UsageError("The localization test got no layer curves; probe at least one task first.")
+    if not names and effects is None:
+        raise UsageError("The localization test got no layer curves and no effects; probe at least one task first.")
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise UsageError(
             f"The localization test takes one curve per task; got several of {', '.join(twice)}. "
             "Choose one stack, site, pooling and probe."
         )
-    depth = int(max(c.hidden.max() for c in curves)) if num_blocks is None else num_blocks
+    known = [int(c.hidden.max()) for c in curves] + ([] if effects is None else [effects.num_blocks])
+    depth = max(known) if num_blocks is None else num_blocks
+    if effects is not None and effects.num_blocks != depth:
+        raise UsageError(
+            f"{effects.source} has effects of {effects.num_blocks} blocks and the curves are of a model of {depth}. "
+            "Give evidence of one model."
+        )
     tasks = tuple(_date(c, claim, seed) for c in curves)
-    adjustments = sorted({c.adjusted_by for c in curves if c.level in claim.levels})
-    l1, verdict, power = _order(tasks, claim, depth)
-    words = {
-        "supported": f"This supports that the depth of emergence rises from {claim.levels[0]} to {claim.levels[-1]}.",
-        "refuted": f"This refutes that {_listed(claim.levels)} emerge at depths that differ enough to matter.",
-        "inconclusive": f"Whether {_listed(claim.levels)} emerge in this order of depth is not known.",
-    }[verdict]
+    types = {t.task: t.level for t in tasks}
+    depths = {t.task: t.depth for t in tasks if t.used}
+    left_out = [t.task for t in tasks if not t.used and t.level in claim.levels]
+    l1, order = judge_order(depths, types, claim, num_blocks=depth, left_out=left_out)
+    shares = None if effects is None else prepare_shares(effects, claim)
+    l2, l3, ranges, pairs = judge_interventions(shares, claim)
+    l4 = stability(readings, types, claim)
+    verdict, conditions = decide((l1, l2, l3, l4), alpha=claim.alpha)
+    by_type = judge_types(
+        claim, depths, types, num_blocks=depth, order=order, shares=shares, ranges=ranges, pairs=pairs,
+        contradicted=l4.outcome == "fails",
+    )  # fmt: skip
+    adjustments = sorted({c.adjusted_by for c in curves if types[c.task] in claim.levels})
     caution = "It speaks about this checkpoint, these tasks and their assignment to levels"
     if adjustments == ["none"]:
         caution += ", on scores that no control was subtracted from"
-    sentence = f"{words} {l1.sentence} {caution}; whether the model uses what the probes find was not tested."
-    others = tuple(Condition(name, False, text) for name, text in _NOT_TESTED.items())
-    tested = TESTED if l1.tested else NOTHING_TESTED
-    return LocalizationTest(verdict, sentence, tested, (l1, *others), tasks, claim, depth, power)
+    if not l2.tested:
+        caution += "; whether the model uses what the probes find was not tested"
+    return LocalizationTest(
+        verdict, f"{in_words(verdict, conditions, claim)} {caution}.", tested_words(conditions), conditions, by_type,
+        tasks, claim, depth, power_rows(conditions, depths, types, claim, depth), _task_shares(shares, claim),
+    )  # fmt: skip
 
 
-def order_verdict(
-    depths: np.ndarray, ranks: np.ndarray, *, num_blocks: int, alpha: float = 0.05, delta: float = 0.1
-) -> tuple[Verdict, float, tuple[float, float], float, float]:
-    """Decide from task depths alone; see :func:`localization_test` for the rules.
-
-    Args:
-        depths: emergence of each task in hidden indices, shape (tasks,).
-        ranks: rank of each task's level, shape (tasks,); at least two levels, and more tasks than levels.
-        num_blocks: depth of the model.
-        alpha: level of the one-sided tests.
-        delta: smallest difference that matters, as a fraction of ``num_blocks``.
-
-    Returns:
-        ``(verdict, difference, interval, p, smallest_p)``; difference and interval as fractions of ``num_blocks``.
-    """
-    trend = jonckheere_terpstra(depths, ranks)
-    found = np.unique(ranks)
-    groups = [depths[ranks == r] for r in found]
-    freedom = len(depths) - len(groups)
-    spread = _pooled_spread(groups)
-    difference = groups[-1].mean() - groups[0].mean()
-    half = scipy_stats.t.ppf(1 - alpha, freedom) * spread * math.sqrt(1 / len(groups[0]) + 1 / len(groups[-1]))
-    low, high = (difference - half) / num_blocks, (difference + half) / num_blocks
-    if high < delta:
-        verdict: Verdict = "refuted"
-    elif trend.p <= alpha and difference > 0:
-        verdict = "supported"
+def in_words(verdict: Verdict, conditions: Sequence[Condition], claim: Hypothesis) -> str:
+    """The verdict in words, with the sentence of each condition that was tested or contradicts it."""
+    first, last, every = claim.levels[0], claim.levels[-1], listed(claim.levels)
+    by_name = {c.name: c for c in conditions}
+    only_order = not (by_name["L2"].tested or by_name["L3"].tested)
+    emerges = claim.statistic == "emergence_cog"
+    what, verb = ("emergence", "emerge") if emerges else ("the best hidden state", "can be read best")
+    if verdict == "supported":
+        words = f"This supports that the depth of {what} rises from {first} to {last}."
+        if not only_order:
+            words = f"This supports that {every} sit in layers of their own."
+    elif verdict == "refuted":
+        words = f"This refutes that {every} {verb} at depths that differ enough to matter."
+        if not only_order:
+            out = [_CONDITIONS[c.name] for c in conditions if c.outcome == "refuted"]
+            words = f"This refutes that {every} sit in layers of their own: {listed(out)}."
     else:
-        verdict = "inconclusive"
-    return verdict, float(difference / num_blocks), (float(low), float(high)), trend.p, trend.smallest_p
+        words = f"Whether {every} {verb} in this order of depth is not known."
+        if not only_order:
+            words = f"Whether {every} sit in layers of their own is not known."
+    counts = [c.outcome == "fails" and by_name["L1"].outcome == "holds" for c in conditions]
+    said = [c.sentence for c, n in zip(conditions, counts, strict=True) if c.tested or c.name == "L1" or n]
+    return " ".join([words, *said])
+
+
+def tested_words(conditions: Sequence[Condition]) -> str:
+    """What was tested, for a reader."""
+    tested = [c.name for c in conditions if c.tested]
+    if not set(tested) & {"L1", "L2", "L3"}:
+        return NOTHING_TESTED
+    return TESTED if tested == ["L1"] else listed([_CONDITIONS[n] for n in tested])
+
+
+def power_rows(
+    conditions: Sequence[Condition], depths: dict[str, float], types: dict[str, str], claim: Hypothesis, num_blocks: int
+) -> tuple[dict[str, float | str], ...]:
+    """Power planned for the tasks of L1; L2 and L3 have that of their own tasks in the plan before the run."""
+    if not conditions[0].tested:
+        return ()
+    counts = [sum(types[t] == level for t in depths) for level in claim.levels]
+    found: Plan = plan(claim, counts, num_blocks, interventions=False)
+    return found.power
+
+
+def date_curve(
+    curve: LayerCurve, *, statistic: Statistic = "emergence_cog", seed: int = 0
+) -> tuple[float, tuple[float, float], str]:
+    """Depth of one curve, its 95 % interval, and why it is missing.
+
+    Emergence is corrected for bias where the curve has replicates; without them it is the plain number and there is no
+    interval.
+    """
+    if statistic == "best":
+        if len(curve.replicates) and never_above_control(curve):
+            return math.nan, (math.nan, math.nan), f"never above its control ({curve.adjusted_by}) by more than noise"
+        drawn = curve.hidden[curve.replicates.argmax(axis=1)] if len(curve.replicates) else np.full(2, np.nan)
+        low, high = interval(drawn)
+        return float(curve.hidden[np.argmax(curve.values)]), (float(low), float(high)), ""
+    if len(curve.replicates):
+        found = emergence(curve, seed=seed)
+        return found.value, found.ci, found.note
+    value = expected_layer_robust(curve.values, curve.hidden)
+    note = "no items behind it: dated without correction"
+    if math.isnan(value):
+        note = "it does not gain more than noise" if curve.values.max() > curve.values[0] else "it never rises"
+    return value, (math.nan, math.nan), note
 
 
 def _date(curve: LayerCurve, claim: Hypothesis, seed: int) -> TaskDepth:
-    if curve.level not in claim.levels:
-        return TaskDepth(
-            curve.task, curve.level, math.nan, math.nan, math.nan, False, "its level is not in the hypothesis"
-        )
-    found = emergence(curve, seed=seed)
-    used = math.isfinite(found.value)
-    return TaskDepth(curve.task, curve.level, found.value, *found.ci, used=used, note=found.note)
+    own = claim.type_of(curve.task, curve.level)
+    if own is None:
+        nothing = (math.nan, math.nan, math.nan)
+        return TaskDepth(curve.task, curve.level, *nothing, used=False, note="no type of the hypothesis names it")
+    value, ci, note = date_curve(curve, statistic=claim.statistic, seed=seed)
+    return TaskDepth(curve.task, own, value, *ci, used=math.isfinite(value), note=note)
 
 
-def _order(
-    tasks: Sequence[TaskDepth], claim: Hypothesis, depth: int
-) -> tuple[Condition, Verdict, tuple[dict[str, float], ...]]:
-    """Condition L1, the verdict it gives, and the power planned for its numbers of tasks."""
-    used = [t for t in tasks if t.used]
-    left_out = [t.task for t in tasks if not t.used and t.level in claim.levels]
-    without = f" Left out because they cannot be dated: {', '.join(left_out)}." if left_out else ""
-    counts = [sum(t.level == level for t in used) for level in claim.levels]
-    if min(counts) < claim.min_tasks:
-        usable = _listed([f"{n or 'no'} {level}" for level, n in zip(claim.levels, counts, strict=True)])
-        sentence = (
-            f"The order was not tested: it needs {claim.min_tasks} usable tasks of each level, and there are {usable} "
-            f"tasks.{without}"
-        )
-        return Condition("L1", False, sentence), "inconclusive", ()
-
-    depths = np.array([t.depth for t in used])
-    ranks = np.array([claim.levels.index(t.level) for t in used])
-    verdict, difference, interval, p, smallest_p = order_verdict(
-        depths, ranks, num_blocks=depth, alpha=claim.alpha, delta=claim.delta
+def _task_shares(shares: Shares | str | None, claim: Hypothesis) -> tuple[TaskShares, ...]:
+    if not isinstance(shares, Shares):
+        return ()
+    rows = np.asarray(shares.shares).tolist()
+    return tuple(
+        TaskShares(t, claim.levels[k], shares.kind, tuple(row))
+        for t, k, row in zip(shares.tasks, shares.ranks, rows, strict=True)
     )
-    groups = [depths[ranks == r] for r in range(len(claim.levels))]
-    spread = _pooled_spread(groups)
-    power = trend_power(counts, step=claim.delta * depth, sd=spread, alpha=claim.alpha)
-    planned = tuple(
-        {"step": step, "sd": sd, "power": trend_power(counts, step=step, sd=sd, alpha=claim.alpha)}
-        for step in (1.0, 2.0)
-        for sd in (1.0, 2.0)
-    )
-    means = ", ".join(f"{level} {g.mean():.1f}" for level, g in zip(claim.levels, groups, strict=True))
-    first, last = claim.levels[0], claim.levels[-1]
-    numbers = (
-        f"Mean emergence of {len(used)} tasks in hidden states, of {depth} blocks: {means}. {last.capitalize()} minus "
-        f"{first}: {difference * depth:.1f} layers, {100 * difference:.0f} % of the depth "
-        f"({100 * (1 - 2 * claim.alpha):g} % interval {100 * interval[0]:.0f} to {100 * interval[1]:.0f} %). "
-        f"Exact trend test over tasks: p = {_p(p)}, smallest reachable {_p(smallest_p)}."
-    )
-    if verdict == "supported" and (np.diff([g.mean() for g in groups]) < 0).any():
-        numbers += " The levels between them are not all in the claimed order."
-    if verdict == "refuted":
-        numbers += f" The difference is below the margin of {100 * claim.delta:g} % of the depth"
-        numbers += ", although the order itself is there." if p <= claim.alpha and difference > 0 else "."
-    elif verdict == "inconclusive":
-        if smallest_p > claim.alpha:
-            numbers += f" So few tasks cannot reach {claim.alpha:g}: add tasks."
-        numbers += (
-            f" A difference of {100 * claim.delta:g} % of the depth between neighbouring levels would have been found "
-            f"with probability {power:.2f}."
-        )
-    condition = Condition("L1", True, numbers + without, difference, interval, p, smallest_p, power)
-    return condition, verdict, planned
-
-
-def _pooled_spread(groups: Sequence[np.ndarray]) -> float:
-    """Standard deviation within groups, pooled; in the unit of the values."""
-    squares = sum(float(((g - g.mean()) ** 2).sum()) for g in groups)
-    return math.sqrt(squares / (sum(map(len, groups)) - len(groups)))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _p(p: float) -> str:
-    return f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"

@@ -195,27 +195,6 @@ def emergence(curve: LayerCurve, *, level: float = 0.95, n_draws: int = 1000, se
     return Emergence(value, (float(low), float(high)), replicates, raw, bias, gain, gain_se, note)
 
 
-def published_emergence(curve: LayerCurve) -> Emergence:
-    """Date the rise of a curve without items behind it, such as a published one: no interval, no correction.
-
-    Noise is the median absolute deviation of all successive differences, as a standard deviation and divided by √2, so
-    that a step does not count as noise wherever it is; a gain below four times as much is not dated. Do not set the
-    number beside corrected ones: noise on a plateau pulls it towards mid-depth.
-
-    Raises:
-        NumericalError: a score is not finite.
-    """
-    y, layers = _curve(curve.values, curve.hidden)
-    steps = np.diff(y)
-    gain, noise = float(y.max() - y[0]), 1.4826 * float(np.median(np.abs(steps - np.median(steps)))) / math.sqrt(2)
-    nothing = (math.nan, math.nan)
-    if gain <= 0 or gain < MIN_GAIN_SE * noise:
-        words = "no rise" if gain <= 0 else f"gain {gain:.3g} is {gain / noise:.1f} × noise, below {MIN_GAIN_SE:g}"
-        return Emergence(math.nan, nothing, np.empty(0), math.nan, 0.0, gain, math.nan, words)
-    value = float(_centre(y, layers))
-    return Emergence(value, nothing, np.empty(0), value, 0.0, gain, math.nan, "not corrected: no items behind it")
-
-
 def never_above_control(curve: LayerCurve, *, level: float = 0.95) -> bool:
     """Whether a control was subtracted and even the best hidden state is not above it beyond noise.
 

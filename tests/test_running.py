@@ -348,10 +348,13 @@ def test_a_number_of_seeds_means_that_many(small_bert, tmp_path, cache):
 
 
 def test_probing_some_layers_writes_scaled_strata_and_the_models_depth(small_bert, tmp_path, cache):
-    from analysis import interpret
+    from analysis import default_hypothesis, interpret, localize, read_evidence
 
     results = quick(small_bert, tmp_path / "run", layers="1-2")
     interpretation = interpret(results)
     assert interpretation.verdict["num_blocks"] == 3
+    claim = default_hypothesis()
+    own = localize(read_evidence(tmp_path / "run", claim), claim).runs[0].test  # spafit localize on the same folder
+    assert own.to_dict() == interpretation.verdict == read_json(tmp_path / "run" / "verdict.json")
     assert interpretation.suggestion.criterion == "none"
     assert set(results.scores["hidden"]) == {1, 2}

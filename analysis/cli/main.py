@@ -16,6 +16,8 @@ from analysis.cli.compare import EXAMPLES as COMPARE_EXAMPLES
 from analysis.cli.compare import compare
 from analysis.cli.glue import EXAMPLES as GLUE_EXAMPLES
 from analysis.cli.glue import glue
+from analysis.cli.localize import EXAMPLES as LOCALIZE_EXAMPLES
+from analysis.cli.localize import localize
 from analysis.cli.probe import EXAMPLES, probe
 from analysis.cli.report import report
 from analysis.cli.sensitivity import EXAMPLES as SENSITIVITY_EXAMPLES
@@ -43,6 +45,7 @@ app.command("predict")(predict)
 app.command("merge")(merge)
 app.command("glue", epilog=GLUE_EXAMPLES)(glue)
 app.command("compare", epilog=COMPARE_EXAMPLES)(compare)
+app.command("localize", epilog=LOCALIZE_EXAMPLES)(localize)
 app.command("tradeoff", epilog=TRADEOFF_EXAMPLES)(tradeoff)
 app.command("sensitivity", epilog=SENSITIVITY_EXAMPLES)(sensitivity)
 app.command("breakdown", epilog=BREAKDOWN_EXAMPLES)(breakdown)

@@ -10,7 +10,7 @@ Without arguments only the page is made again from ``verdicts.csv``.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -21,17 +21,27 @@ STATISTICS = {"emergence_cog": "emergence centre of gravity", "best": "hidden st
 
 
 def run(*files: str) -> None:
-    """Test every published curve with both statistics; keep the verdicts."""
-    from analysis.hypothesis import default_hypothesis
-    from analysis.localizing import localize
+    """Test every published curve with both shipped claims; keep the verdicts."""
+    from analysis import localize, read_evidence
+    from analysis.hypothesis import Hypothesis
 
-    claim = default_hypothesis()
-    tables = []
-    for statistic in STATISTICS:
-        changed = replace(claim, hypothesis=replace(claim.hypothesis, statistic=statistic))
-        tables.append(localize(files, changed).table.assign(statistic=statistic))
-    table = pd.concat(tables, ignore_index=True).drop(columns=["sentence", "stability"])
-    table.round(5).to_csv(HERE / "verdicts.csv", index=False)
+    rows = []
+    for name, statistic in (("bert-pipeline", "emergence_cog"), ("best-layer", "best")):
+        claim = Hypothesis.load(name)
+        for file in files:
+            for one in localize(read_evidence(file, claim), claim).runs:
+                order, used = one.test.conditions[0], Counter(t.level for t in one.test.tasks if t.used)
+                low, high = order.interval or (None, None)
+                rows.append(
+                    {
+                        "source": Path(file).stem, "variant": "" if one.name == Path(file).stem else one.name,
+                        "verdict": one.test.verdict, "difference": order.number, "low": low, "high": high,
+                        "p": order.p, "smallest_p": order.smallest_p, "power": order.power,
+                        "tasks": ", ".join(f"{used[level]} {level}" for level in claim.levels),
+                        "left_out": ", ".join(t.task for t in one.test.tasks if not t.used), "statistic": statistic,
+                    }
+                )  # fmt: skip
+    pd.DataFrame(rows).round(5).to_csv(HERE / "verdicts.csv", index=False)
     write_page()
 
 
