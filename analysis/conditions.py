@@ -94,11 +94,13 @@ class DissociationTest:
         smallest_p: the smallest p that these numbers of tasks can give.
         difference: the smaller of both differences, with the interval of that direction; ``p_refuted`` is twice the
             smaller one of both.
+        directions: both differences: the first type's tasks in its range less the second's there, and the reverse.
     """
 
     p: float
     smallest_p: float
     difference: Difference
+    directions: tuple[Difference, Difference]
 
 
 def pooled_spread(groups: Sequence[np.ndarray]) -> float:
@@ -301,7 +303,8 @@ def dissociation_test(
     worse = min(found, key=lambda d: d.value)
     refuted = min(1.0, 2 * min(d.p_refuted for d in found))
     a, b = int(first.sum()), int(second.sum())
-    return DissociationTest(max(p), smallest_p(a + b, a), Difference(worse.value, worse.interval, refuted))
+    smaller = Difference(worse.value, worse.interval, refuted)
+    return DissociationTest(max(p), smallest_p(a + b, a), smaller, (found[0], found[1]))
 
 
 def dissociations(

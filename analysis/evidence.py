@@ -81,7 +81,7 @@ class Evidence:
         levels = self.levels
         if not levels and self.effects is not None:
             levels = dict(zip(self.effects.tasks, self.effects.levels, strict=True))
-        types = [claim.type_of(t, level) for t, level in levels.items()]
+        types = [claim.type_of(t, level) for t, level in levels.items() if t not in self.unstable]
         return [types.count(name) for name in claim.levels]
 
 
@@ -187,8 +187,9 @@ def with_causal(evidence: Sequence[Evidence], paths: Sequence[str | Path]) -> li
 def parts_of(evidence: Sequence[Evidence], column: str, *, least_items: int = LEAST_ITEMS) -> list[Evidence]:
     """Each probing run cut into the parts of a column of its items, such as ``genre``: one verdict for every part.
 
-    Parts have the curves of the run's first pooling and probe, and no readings for L4. Those with fewer than
-    ``least_items`` test items of a task are left out.
+    ``pooling`` and ``probe`` cut a run, too, into its poolings or probe families. Parts of a column have the curves of
+    the run's first pooling and probe; those with fewer than ``least_items`` test items of a task are left out. No part
+    has readings for L4.
 
     Raises:
         UsageError: evidence that is no probing run, or a run without two such parts.
@@ -197,13 +198,29 @@ def parts_of(evidence: Sequence[Evidence], column: str, *, least_items: int = LE
     for own in evidence:
         if own.results is None:
             raise UsageError(f"{own.source} is no probing run, so it has no items to cut by {column!r}. Give runs.")
-        for part, curves in part_curves(own.results, column, least_items=least_items).items():
+        if column in ("pooling", "probe"):
+            cut = _settings(own.results, column)
+        else:
+            cut = part_curves(own.results, column, least_items=least_items)
+        for part, curves in cut.items():
             name = f"{column} {part}" if len(evidence) == 1 else f"{own.name}, {column} {part}"
             kept = tuple(c for c in curves if c.task not in own.unstable)
             found.append(
                 Evidence(name, own.source, own.num_blocks, {c.task: c.level for c in kept}, given=kept,
                          weights=own.weights)
             )  # fmt: skip
+    return found
+
+
+def _settings(results: ProbeResults, column: str) -> dict[str, list[LayerCurve]]:
+    """Curves of a run's tasks at each of its poolings, or by each of its probe families."""
+    rows = results.scores[results.scores["task"].isin(results.tasks_with_bits)]
+    found: dict[str, list[LayerCurve]] = {}
+    for task, value in rows[["task", column]].drop_duplicates().astype(str).itertuples(index=False, name=None):
+        curve = results.curve(task, pooling=value) if column == "pooling" else results.curve(task, probe=value)
+        found.setdefault(value, []).append(curve)
+    if len(found) < 2:
+        raise UsageError(f"{results.folder} has one {column} only, {next(iter(found), 'none')}. Cut it otherwise.")
     return found
 
 

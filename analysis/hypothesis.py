@@ -42,8 +42,8 @@ class KnowledgeType:
 
     Attributes:
         name: its name, such as ``syntax``.
-        tasks: names of its probing tasks, ``*`` and ``?`` allowed, or ``level:NAME`` for all tasks of a level; by
-            default the level of the type's own name.
+        tasks: names of its probing tasks, or their parts after the last dot, ``*`` and ``?`` allowed; or
+            ``level:NAME`` for all tasks of a level; by default the level of the type's own name.
         range: claimed range as fractions of the number of blocks, start and stop; None where no range is claimed, or
             where it is chosen on one half of the evidence.
     """
@@ -150,13 +150,18 @@ class Hypothesis:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all fields."""
-        return io.content_digest(f"{name}={value}" for name, value in asdict(self).items())
+        """SHA-256 over everything that decides a verdict: all fields but the name and the description."""
+        fields = {k: v for k, v in asdict(self).items() if k not in ("name", "description")}
+        return io.content_digest(f"{name}={value}" for name, value in fields.items())
 
     def type_of(self, task: str, level: str) -> str | None:
-        """The type that a task belongs to: the first that names it, else the first that names its level, else None."""
+        """The type that a task belongs to: the first that names it, else the first that names its level, else None.
+
+        A task is named by its whole name, or by the part after its last dot.
+        """
+        own = task, task.rpartition(".")[2]
         for t in self.types:
-            if any(not p.startswith(_LEVEL) and fnmatchcase(task, p) for p in t.tasks):
+            if any(not p.startswith(_LEVEL) and any(fnmatchcase(n, p) for n in own) for p in t.tasks):
                 return t.name
         return next((t.name for t in self.types if _LEVEL + level in t.tasks), None)
 

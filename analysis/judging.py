@@ -122,6 +122,8 @@ def judge_order(
     """
     without = f" Left out because they cannot be dated: {', '.join(left_out)}." if left_out else ""
     counts = [sum(types[t] == level for t in depths) for level in claim.levels]
+    if not types:
+        return Condition("L1", False, "The order was not tested: there are no layer curves."), None
     if min(counts) < claim.min_tasks:
         usable = listed([f"{n or 'no'} {level}" for level, n in zip(claim.levels, counts, strict=True)])
         sentence = (
@@ -193,10 +195,9 @@ def judge_interventions(
     worst = min(ranges, key=lambda r: r.difference.value)
     said = []
     for name, (start, stop), r in zip(names, shares.ranges, ranges, strict=True):
-        text = (
-            f"{name} {percent(r.share)} % in blocks [{start}, {stop}), {percent(r.difference.value)} points more than "
-        )
-        text += f"other tasks (p = {p_text(r.p)})"
+        gap = r.difference.value
+        text = f"{name} {percent(r.share)} % in blocks [{start}, {stop}), {percent(abs(gap))} points "
+        text += f"{'more' if gap >= 0 else 'less'} than other tasks (p = {p_text(r.p)})"
         if not r.beats_ranges:
             text += f", but more in [{r.best[0]}, {r.best[1]})"
         elif r.beats_random < 1 - claim.alpha:
@@ -251,7 +252,7 @@ def judge_types(
 
     A type is supported where every tested condition holds for it against every other type (L1 and L3 adjusted over
     all pairs, L2 over types) and L4 does not contradict the order; refuted where a bound excludes the margin in one of
-    them, adjusted over pairs or types and over the tested conditions.
+    them (in L3: of its own range), adjusted over pairs or types and over the tested conditions.
     """
     n = len(claim.types)
     order_p: dict[tuple[int, int], float] = {}
@@ -263,7 +264,9 @@ def judge_types(
         refuted_pairs = dict(zip(keys, bounds.tolist(), strict=True))
     range_p = holm(np.array([r.p for r in ranges])).tolist() if ranges else []
     range_refuted = holm(np.array([r.difference.p_refuted for r in ranges])).tolist() if ranges else []
-    apart = dict(zip(pairs, holm(np.array([t.difference.p_refuted for t, _ in pairs.values()])).tolist(), strict=True))
+    own_ways = [(pair[i], t.directions[i].p_refuted) for pair, (t, _) in pairs.items() for i in (0, 1)]
+    bounds = holm(np.array([p for _, p in own_ways])) if own_ways else np.empty(0)
+    apart = {k: min(b for (own, _), b in zip(own_ways, bounds, strict=True) if own == k) for k in range(n) if own_ways}
     tested = (order is not None) + 2 * bool(ranges)
     found = []
     for k, claimed in enumerate(claim.types):
@@ -274,7 +277,7 @@ def judge_types(
         l2 = range_p[k] if ranges else None
         l3 = max(pairs[p][1] for p in mine) if pairs else None
         excluded = [min(refuted_pairs[p] for p in mine)] if refuted_pairs else []
-        excluded += [range_refuted[k], min(apart[p] for p in mine)] if ranges else []
+        excluded += [range_refuted[k], apart[k]] if ranges else []
         passed = [p <= claim.alpha for p in (l1, l2, l3) if p is not None]
         if ranges:
             passed.append(ranges[k].beats_ranges and ranges[k].beats_random >= 1 - claim.alpha)

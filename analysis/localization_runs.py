@@ -175,7 +175,8 @@ def localize(
         test = localization_test(
             e.curves(), claim, num_blocks=e.num_blocks, effects=e.effects, readings=readings, seed=seed
         )
-        runs.append(Run(name, str(e.source), test, e.notes))
+        unstable = tuple(f"Left out as unstable: {t}: {why}." for t, why in e.unstable.items() if t in e.levels)
+        runs.append(Run(name, str(e.source), test, (*e.notes, *unstable)))
         if progress is not None:
             progress(1)
     return LocalizationRuns(claim, tuple(runs), pool([r.test for r in runs], claim) if len(runs) > 1 else None)

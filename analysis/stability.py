@@ -145,10 +145,10 @@ def _lacking(kind: str, dated: Sequence[str], claim: Hypothesis) -> str:
 
 
 def _difference(reading: Reading, types: Mapping[str, str], claim: Hypothesis) -> float | None:
-    """Mean depth of the last type less that of the first; None where either cannot be dated."""
+    """Mean depth of the last type less that of the first; None where too few tasks of either can be dated."""
     names = claim.levels[0], claim.levels[-1]
     ends = [[d for t, d in reading.depths.items() if types.get(t) == name] for name in names]
-    return None if min(map(len, ends)) < 1 else float(np.mean(ends[1]) - np.mean(ends[0]))
+    return None if min(map(len, ends)) < claim.min_tasks else float(np.mean(ends[1]) - np.mean(ends[0]))
 
 
 def _in_random(reading: Reading, types: Mapping[str, str], claim: Hypothesis) -> tuple[bool, str]:

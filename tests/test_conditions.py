@@ -25,6 +25,7 @@ from analysis.conditions import (
 )
 from analysis.hypothesis import Hypothesis, KnowledgeType, default_hypothesis
 from analysis.judging import Shares, judge_interventions, prepare_shares
+from analysis.localization import localization_test
 from analysis.power import dissociation_power, plan, range_power
 from analysis.verdicts import Condition, decide
 from spafit.stats import holm
@@ -135,6 +136,7 @@ def test_dissociation_is_the_larger_of_both_directions():
             gaps.append(a.mean() - b.mean())
         assert tests[i, j].p == pytest.approx(max(p))
         assert tests[i, j].difference.value == pytest.approx(min(gaps))
+        assert [d.value for d in tests[i, j].directions] == pytest.approx(gaps)
     assert list(adjusted.values()) == pytest.approx(holm(np.array([t.p for t in tests.values()])).tolist())
     swapped = dissociation_test(in_ranges, ranks == 1, ranks == 0, (1, 0), alpha=0.05, delta=0.1)
     assert swapped.p == pytest.approx(tests[0, 1].p)
@@ -363,3 +365,20 @@ def test_supported_comes_up_in_at_most_five_percent_of_a_thousand_worlds(options
     assert found.count("supported") / 1000 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 1000)
     found = worlds(1000, 18, counts=(2, 3, 5), **options)
     assert "supported" not in found  # no pair of so few tasks can pass
+
+
+def test_a_type_is_not_refuted_for_what_another_one_lacks():
+    """Syntax suffers most from its own blocks; semantics from those of surface."""
+    random = np.random.default_rng(19)
+    ranks = np.repeat([0, 1, 2], 5)
+    effects = 0.5 + 0.05 * random.standard_normal((15, BLOCKS))
+    for k, (start, stop) in enumerate((RANGES[0], RANGES[1], RANGES[0])):
+        effects[ranks == k, start:stop] += 3
+    names = tuple(f"t{i}" for i in range(15))
+    evidence = BlockEffects("blocks", names, tuple(LEVELS[k] for k in ranks), effects[None], "world")
+    found = localization_test((), default_hypothesis(), effects=evidence)
+    assert found.verdict == "refuted"
+    # nothing tells surface from semantics, and semantics is not where it is claimed
+    assert {t.type: t.verdict for t in found.types} == {
+        "surface": "refuted", "syntax": "supported", "semantics": "refuted",
+    }  # fmt: skip

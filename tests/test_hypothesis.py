@@ -52,10 +52,11 @@ def test_a_task_belongs_to_the_type_that_names_it_before_the_one_that_names_its_
     default = default_hypothesis()
     assert [default.type_of(t, "other") for t in ("WC", "BShift", "SOMO", "wc")] == [*default.levels, None]
     assert default.type_of("core.tense", "semantics") == "semantics"
+    assert default.type_of("senteval.SOMO", "surface") == "semantics"
 
 
 CHANGES = {
-    "name": "another", "description": "words", "alpha": 0.01, "delta": 0.2, "min_tasks": 3, "seeds": 5, "poolings": 3,
+    "alpha": 0.01, "delta": 0.2, "min_tasks": 3, "seeds": 5, "poolings": 3,
     "probes": ("linear",), "interventions": ("erasure",), "split_seed": 1, "statistic": "best",
 }  # fmt: skip
 
@@ -72,7 +73,8 @@ def test_the_digest_changes_with_every_field_and_with_nothing_else():
         replace(claim, types=tuple(replace(t, range=None) for t in types), held_out="tasks"),
     ]
     assert len({c.digest for c in (claim, *others)}) == 1 + len(others)
-    assert set(CHANGES) | {"types", "held_out"} == set(Hypothesis.__dataclass_fields__)
+    assert set(CHANGES) | {"types", "held_out", "name", "description"} == set(Hypothesis.__dataclass_fields__)
+    assert replace(claim, name="another", description="in other words").digest == claim.digest
     spaced = SMALL.replace("delta: 0.1\n", "# a comment\n\ndelta:   0.10\n")
     assert parse(spaced, file="x").digest == small().digest
 

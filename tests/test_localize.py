@@ -253,6 +253,7 @@ def test_a_causal_table_is_a_run_of_its_own_or_stands_beside_one(tmp_path, plant
     found = localize([alone], CLAIM).runs[0].test
     assert outcomes(found) == {"L1": "not tested", "L2": "holds", "L3": "holds", "L4": "not tested"}
     assert found.verdict == "supported"
+    assert "there are no layer curves" in found.sentence
     assert found.tested == "effects by range (L2) and double dissociation (L3)"
     (together,) = with_causal(read_evidence(planted.folder, CLAIM), [path])
     assert localize([together], CLAIM).runs[0].test.tested.startswith("order of emergence (L1), effects by range")
@@ -490,9 +491,29 @@ def test_parts_of_the_items_get_verdicts_of_their_own_and_unstable_tasks_none(tm
     with pytest.raises(UsageError, match="by 'colour'"):
         parts_of([whole], "colour")
 
+    with pytest.raises(UsageError, match="one probe only, linear"):
+        parts_of([whole], "probe")
+    both = planted_run(tmp_path / "both", turned="first", seeds=1, probes=("linear",), spread=0.2)
+    split = localize(parts_of(read_evidence(both.folder, claim), "pooling"), claim)
+    assert [(r.name, r.test.verdict) for r in split.runs] == [
+        ("pooling mean", "supported"), ("pooling first", "refuted"),
+    ]  # fmt: skip
+
     first = claimed.tasks[0]
     io.write_json(folder / "sensitivity.json", {"blocks": 12, "unstable": {first: "it moves"}})
     (again,) = read_evidence(folder, claim)
     assert first not in {c.task for c in again.curves()}
     assert first not in {t for r in again.readings() for t in r.depths}
     assert first in {c.task for c in whole.given} | {t for t in whole.levels}
+    assert announce([again], claim)[0][1].counts == (3, 4, 4)
+    assert localize([again], claim).runs[0].notes == (f"Left out as unstable: {first}: it moves.",)
+
+
+def test_published_curves_without_an_order_are_seldom_supported(tmp_path):
+    random, claim, supported = np.random.default_rng(3), naming(), 0
+    for world in range(100):
+        columns = {t: np.where(np.arange(13) >= round(6 + random.normal()), 80.0, 50.0) for t, _ in TASKS}
+        path = tmp_path / f"world{world}.csv"
+        pd.DataFrame({"layer": range(13), **columns}).to_csv(path, index=False)
+        supported += localize(read_evidence(path, claim), claim).runs[0].test.verdict == "supported"
+    assert supported <= 11  # .05 of 100, and two and a half binomial standard deviations

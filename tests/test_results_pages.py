@@ -185,7 +185,8 @@ def test_rows_that_are_there_are_not_made_again(remedies: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    "study", ["published_localization", "remedies_minilm", "retention_smollm2", "spans", "structural"]
+    "study",
+    ["localization_minilm", "published_localization", "remedies_minilm", "retention_smollm2", "spans", "structural"],
 )
 def test_a_committed_page_is_made_of_its_rows(study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RESULTS / study

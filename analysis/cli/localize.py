@@ -42,7 +42,8 @@ def localize(
         ),
     ] = None,
     by: Annotated[
-        str | None, typer.Option("--by", help="Column of the items, such as genre: a verdict for each of its parts.")
+        str | None,
+        typer.Option("--by", help="Column of the items, such as genre, or pooling or probe: a verdict for each part."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")] = Path("runs/localization"),
     seed: Annotated[int, typer.Option("--seed", help="Draws of the correction of emergence.")] = 0,
