@@ -18,8 +18,8 @@ import yaml
 
 from spafit import io
 from spafit.errors import ConfigError, did_you_mean
-from spafit.fields import FieldError, FieldPath, Origin, choice, integer, number, text, within
-from spafit.strata_files import _build, _fields, _list, _Loader
+from spafit.fields import FieldError, FieldPath, choice, integer, number, text, within
+from spafit.yaml_fields import entries, mapping, read_fields
 
 SCHEMA_VERSION = 1
 DEFAULT = "bert-pipeline"
@@ -229,33 +229,17 @@ def parse(source: str, *, file: str) -> Hypothesis:
     Raises:
         ConfigError: ``file``, line, field, what was got, what is allowed, and the remedy.
     """
-    lines: dict[FieldPath, int] = {}
-    origin = Origin(file, lines)
-    try:
-        loader = _Loader(source)
-        try:
-            node = loader.get_single_node()
-            content = None if node is None else _build(node, (), lines, loader)
-        finally:
-            loader.dispose()
-        return _from_plain(content)
-    except FieldError as error:
-        raise origin.locate(error) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{file}{where}: not readable as YAML: {problem}.") from None
+    return read_fields(source, file=file, what="a hypothesis", build=lambda content, _: _from_plain(content))
 
 
 def _from_plain(content: Any) -> Hypothesis:
-    top = _fields(content, (), ("schema_version", "types"), _FIELDS, None)
+    top = mapping(content, (), ("schema_version", "types"), _FIELDS, None)
     if integer(top.pop("schema_version"), ("schema_version",), minimum=1) > SCHEMA_VERSION:
         raise FieldError(("schema_version",), f"this package reads up to {SCHEMA_VERSION}. Upgrade spafit.")
     types = []
-    for i, entry in enumerate(_list(top.pop("types"), ("types",))):
+    for i, entry in enumerate(entries(top.pop("types"), ("types",))):
         with within("types", i):
-            got = _fields(entry, (), ("name",), ("tasks", "range"), None)
+            got = mapping(entry, (), ("name",), ("tasks", "range"), None)
             claimed = got.get("range")
             if claimed is not None and (not isinstance(claimed, list) or len(claimed) != 2):
                 raise FieldError(("range",), f"got {claimed!r}; write [start, stop] as fractions of the depth.")
@@ -272,7 +256,7 @@ def _from_plain(content: Any) -> Hypothesis:
 
 
 def _names(value: Any, path: FieldPath) -> tuple[str, ...]:
-    entries: Sequence[Any] = _list(value, path)
-    if not entries:
+    names: Sequence[Any] = entries(value, path)
+    if not names:
         raise FieldError(path, "the list is empty. Name one or more, or remove the field.")
-    return tuple(text(v, (*path, i)) for i, v in enumerate(entries))
+    return tuple(text(v, (*path, i)) for i, v in enumerate(names))

@@ -125,7 +125,7 @@ def compare_models(results: Sequence[ProbeResults]) -> Path | None:
     Returns:
         The figure's path; None for one model without tasks that several sources share.
     """
-    from probing.displays import relative_depth
+    from probing.model_displays import relative_depth
 
     assert results[0].folder is not None
     several = len(results) > 1
@@ -134,13 +134,14 @@ def compare_models(results: Sequence[ProbeResults]) -> Path | None:
         for source, scores in _by_source(run).items():
             model = str(run.run["model"]["name"])
             name = " · ".join(n for n in (model if several or not source else "", source) if n)
-            tables[name] = scores.assign(model=model, source=source)
+            blocks = run.run["model"]["stacks"]  # of every stack; --layers may leave out the last hidden states
+            depth = scores["stack"].map(blocks).fillna(run.run["model"]["blocks"])
+            tables[name] = scores.assign(model=model, source=source, relative_depth=scores["hidden"] / depth)
     if len(tables) < 2:
         return None
     folder = results[0].folder.parent if several else results[0].folder
     rows = pd.concat([t[t["seed"].isna()] for t in tables.values()], ignore_index=True)
-    deepest = rows.groupby(["model", "stack"])["hidden"].transform("max")
-    table = rows.assign(relative_depth=(rows["hidden"] / deepest).round(4))
+    table = rows.round({"relative_depth": 4})
     io.atomic_write(folder / "models.csv", lambda p: table.to_csv(p, index=False))
     path = folder / ("relative_depth.png" if several else "figures/relative_depth.png")
     metric = "bits" if (rows["metric"] == "bits").any() else "primary"

@@ -206,7 +206,7 @@ def judge_interventions(
     holds = all(r.p <= claim.alpha and r.beats_ranges and r.beats_random >= 1 - claim.alpha for r in ranges)
     smallest = max(r.smallest_p for r in ranges)
     two = Condition(
-        "L2", True, f"{_BY[shares.kind]}: of the whole effect on a type's tasks, {'; '.join(said)}. Smallest "
+        "L2", True, f"{_BY[shares.kind]}: of all absolute effects on a type's tasks, {'; '.join(said)}. Smallest "
         f"reachable p {p_text(smallest)}.{shares.notes}",
         "holds" if holds else "open", worst.difference.value, worst.difference.interval, max(r.p for r in ranges),
         smallest,

@@ -63,7 +63,8 @@ def readings_of(
         has_random = (items["control"] == "random-encoder").any()
         main = items[(items["pooling"] == first["pooling"]) & (items["probe"] == first["probe"])]
         parts: list[tuple[Kind, str, pd.DataFrame]] = []
-        parts += [("seed", str(s), main[main["seed"] == s]) for s in main["seed"].unique()]
+        fitted = main.loc[main["control"] == "none", "seed"].unique()  # one where all seeds train on the same items
+        parts += [("seed", str(s), main[main["seed"] == s]) for s in fitted]
         for column, names in (("pooling", poolings), ("probe", probes)):
             other = "probe" if column == "pooling" else "pooling"
             rows = items[items[other] == first[other]]

@@ -1,4 +1,4 @@
-"""Figures from score tables: layer curves with bands and strata, task × layer heat map, models over relative depth.
+"""Figures from score tables: layer curves with bands and strata, task × layer heat map.
 
 Every figure states its unit, what its bands are, and the number of test items. Nothing is pooled over tasks: a
 mean over tasks would need an interval that the score table does not hold.
@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from probing.panels import (
-    LINES,
     X_LABEL,
     X_WORDS,
     as_shares,
@@ -24,7 +23,6 @@ from probing.panels import (
     line_styles,
     metric_words,
     number_range,
-    place_legend,
     select,
     share_words,
     variant_name,
@@ -55,7 +53,6 @@ __all__ = [
     "layer_curves",
     "markdown_table",
     "overview",
-    "relative_depth",
     "sparkline",
     "task_layer_heatmap",
 ]
@@ -375,85 +372,3 @@ def _heatmap(
         ax.set_title(f"{unit} on test items", loc="left")
         ax.set_xlabel(f"{X_LABEL}\n{textwrap.fill(caption, max(48, int(cell * len(hidden) * 18)))}", fontsize=8)
     return plotting.freeze_layout(figure)
-
-
-def relative_depth(
-    models: Mapping[str, pd.DataFrame], *, metric: Metric = "bits", stack: str | None = None, site: str | None = None
-) -> Figure:
-    """Several models' curves over relative depth (hidden index / number of blocks), a panel per task that they share.
-
-    Args:
-        models: scores by the name to show.
-        metric: which score.
-        stack: needed where a table has several; must exist in all.
-        site: likewise.
-
-    Raises:
-        UsageError: no model, no task in common, or as :func:`layer_curves`.
-    """
-    from matplotlib.lines import Line2D
-
-    if not models:
-        raise UsageError("No score tables were given. Give at least one, by the name to show.")
-    tables = {name: select(s, metric=metric, stack=stack, site=site) for name, s in models.items()}
-    common = set.intersection(*(set(t["task"]) for t in tables.values()))
-    tasks = [p for p in ordered_tasks(next(iter(tables.values()))) if p[1] in common]
-    if not tasks:
-        raise UsageError(f"{', '.join(models)} have no task in common, so there is nothing to compare.")
-    names, words_of_metric = short_names([t for _, t in tasks]), metric_words(next(iter(tables.values())), metric)
-    columns = min(4, len(tasks))
-    lines = -(-len(tasks) // columns)
-    with plotting.style():
-        figure = plotting.new_figure(width=max(2.55 * columns + 0.4, 5.2), height=1.75 * lines + 1.35)
-        axes = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
-        for ax, (level, task) in zip(axes, tasks, strict=False):
-            for i, rows in enumerate(tables.values()):
-                color = plotting.MODEL_COLORS[i % len(plotting.MODEL_COLORS)]
-                for k, variant in enumerate(variants(rows, task)):
-                    split = primary_split(rows, task)
-                    own = curve_rows(rows, task=task, variant=variant, control="none", metric=metric, split=split)
-                    x = own["hidden"].to_numpy() / max(int(rows["hidden"].max()), 1)
-                    plotting.band(ax, x, own["ci_low"].to_numpy(float), own["ci_high"].to_numpy(float), color=color)
-                    ax.plot(
-                        x,
-                        own["value"],
-                        color=color,
-                        linestyle=LINES[k % len(LINES)],
-                        zorder=3,
-                        marker=".",
-                        markersize=4,
-                    )
-            ax.set_title(
-                names[task].replace("_", " "),
-                loc="left",
-                color=plotting.level_color(level),
-                fontweight="bold",
-                fontsize=9,
-            )
-            ax.set_xlim(-0.03, 1.03)
-            ax.set_xticks([0, 0.5, 1], ["0", "½", "1"])
-            if metric == "bits":
-                ax.axhline(0, color=plotting.MUTED, linewidth=0.9, linestyle=":", zorder=1.8)
-        for i, ax in enumerate(axes):
-            if i >= len(tasks):
-                ax.remove()
-            elif i % columns == 0:
-                ax.set_ylabel(words_of_metric)
-            if i < len(tasks) <= i + columns:
-                ax.tick_params(labelbottom=True)
-                ax.set_xlabel("relative depth")
-        handles = [
-            (Line2D([], [], color=plotting.MODEL_COLORS[i % len(plotting.MODEL_COLORS)]), _blocks(name, rows))
-            for i, (name, rows) in enumerate(tables.items())
-        ]
-        n = pd.concat([t.loc[t["task"].isin(common), "n"] for t in tables.values()])
-        words = (
-            f"{words_of_metric}; bands: {plotting.INTERVAL}; n = {number_range(n)} test items per task; "
-            "relative depth = hidden index / blocks (0 = embeddings, 1 = output of the last block)"
-        )
-        place_legend(figure, handles, words=words)
-    return plotting.freeze_layout(figure)
-
-
-def _blocks(name: str, rows: pd.DataFrame) -> str:
-    return f"{name} ({int(rows['hidden'].max())} blocks)"

@@ -23,10 +23,23 @@ _HOW = ("tasks", "measures", "device", "cache_dir", "offline", "allow_pickle", "
 #: What a run writes beside its tasks' files.
 _OWN_FILES = (
     *(f"{table}{suffix}" for table in ("scores", "summaries", "measures") for suffix in (".parquet", ".csv")),
-    *("verdict.json", "strata.yaml", "report.html", "report.md", "figures/written.json", "run.json"),
+    *("verdict.json", "strata.yaml", "report.html", "report.md", "figures/written.json", "run.json", "models.csv"),
+    *("sensitivity.*", "breakdown.*", "breakdown_summaries.*", "complexity.*"),
     *(
         f"figures/{figure}*.png"
-        for figure in ("layers", "tasks", "heatmap", "mix", "online-code", "variational-code", "conditional")
+        for figure in (
+            "layers",
+            "tasks",
+            "heatmap",
+            "mix",
+            "online-code",
+            "variational-code",
+            "conditional",
+            "sensitivity",
+            "breakdown",
+            "complexity",
+            "relative_depth",
+        )
     ),
 )
 
@@ -88,15 +101,22 @@ def check_same_run(out: Path, config: ProbeConfig, tasks: Sequence[Task], *, loa
 
 
 def clear_run(out: Path) -> None:
-    """Remove the files of the run that ``out`` holds, if any, and the folders that this empties; nothing else."""
+    """Remove the files of the run that ``out`` holds, if any, and the folders that this empties; nothing else.
+
+    Runs of ``spafit sensitivity`` below it, each of which differs from it in one choice, go with it.
+    """
     if not (out / "run.json").exists():
         return
+    for further in (out / "sensitivity").glob("*"):
+        clear_run(further)
+        if further.is_dir() and not any(further.iterdir()):
+            further.rmdir()
     names = {p.stem for p in (out / "parts").glob("*.json")}
     files = [out / f for name in names for f in (*part_files(name), f"parts/{name}.json")]
     files += [f for pattern in _OWN_FILES for f in out.glob(pattern)]
     for file in files:
         file.unlink(missing_ok=True)
-    for folder in ("items", "probes", "parts", "figures"):
+    for folder in ("items", "probes", "parts", "figures", "sensitivity"):
         if (out / folder).is_dir() and not any((out / folder).iterdir()):
             (out / folder).rmdir()
 

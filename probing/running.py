@@ -22,6 +22,7 @@ from probing.item_states import family_states, item_states, rows_of_items, texts
 from probing.parts import is_finished, measure_part, read_part, write_part
 from probing.planning import ProbePlan, plan_probing, timed
 from probing.probes.families import NamedFamily, Structural, parse_probe, suits
+from probing.records import model_facts, task_facts
 from probing.results import ProbeResults, summary_table
 from probing.scoring import SCORE_COLUMNS, item_table, score_table
 from probing.targets import label_values
@@ -129,7 +130,7 @@ def run_plan(plan: ProbePlan, *, command: str | None = None, quiet: bool = False
         clear_run(plan.out)
     status: dict[str, dict[str, Any]] = {
         **{name: {"status": "failed", "error": why} for name, why in plan.failed.items()},
-        **{t.name: {**_facts(t), "status": "done" if t.name in plan.done else "waiting"} for t in plan.tasks},
+        **{t.name: {**task_facts(t), "status": "done" if t.name in plan.done else "waiting"} for t in plan.tasks},
     }
     notes: list[str] = list(plan.loaded.notes)
     run: dict[str, Any] = {
@@ -137,7 +138,7 @@ def run_plan(plan: ProbePlan, *, command: str | None = None, quiet: bool = False
         "command": command or "probing.probe_layers",
         "status": "running",
         "config": config.to_dict(),
-        "model": _model_facts(plan),
+        "model": model_facts(plan),
         "device": plan.device,
         "dtype": config.dtype,
         "seeds": list(config.seeds),
@@ -204,9 +205,11 @@ def _fit(
     *,
     quiet: bool,
 ) -> None:
-    per_task = len(plan.hidden) * len(plan.config.seeds) * (1 + len(plan.encoder_controls))
-    per_task *= len(plan.config.pooling) * len(plan.config.sites) * len(plan.config.probe)
-    with Progress("Probing", len(todo) * per_task, quiet=quiet) as progress:
+    per_family = len(plan.hidden) * len(plan.config.seeds) * (1 + len(plan.encoder_controls))
+    per_family *= len(plan.config.pooling) * len(plan.config.sites)
+    families = [parse_probe(p) for p in plan.settings.probe]
+    fitted = sum(suits(f, t) for t in todo for f in families)
+    with Progress("Probing", fitted * per_family, quiet=quiet) as progress:
         for task in todo:
             progress.advance(0, description=f"Probing {task.name}")
             begun = time.time()
@@ -416,43 +419,3 @@ def _collect(plan: ProbePlan, run: dict[str, Any], status: dict[str, dict[str, A
 
 def _reference(model: Any) -> str:
     return model.reference if hasattr(model, "reference") else f"in memory: {type(model).__name__}"
-
-
-def _model_facts(plan: ProbePlan) -> dict[str, Any]:
-    loaded, stack = plan.loaded, plan.stack
-    return {
-        "name": loaded.name,
-        "reference": loaded.reference,
-        "revision": loaded.revision,
-        "weights_digest": loaded.weights_digest,
-        "adapter_digest": loaded.adapter_digest,
-        "tokenizer_digest": loaded.tokenizer_digest,
-        "stack": stack.name,
-        "blocks": stack.num_blocks,
-        "width": stack.width,
-        "bias_roles": list(stack.bias_roles),
-        "has_biases": stack.has_biases,
-        "causal": stack.causal,
-        "stacks": {s.name: s.num_blocks for s in loaded.stacks},
-        "parameters": sum(p.numel() for p in loaded.model.parameters()),
-        "notes": list(loaded.notes),
-    }
-
-
-def _facts(task: Task) -> dict[str, Any]:
-    split = task.items["split"]
-    return {
-        "level": task.level,
-        "unit": task.unit,
-        "kind": task.kind,
-        "description": task.description,
-        "n_train": int((split == "train").sum()),
-        "n_dev": int((split == "dev").sum()),
-        "n_test": {s: int((split == s).sum()) for s in task.test_splits},
-        "labels": list(task.labels)[:100],
-        "source": task.source,
-        "licence": task.licence,
-        "citation": task.citation,
-        "digest": task.digest,
-        "notes": list(task.notes),
-    }

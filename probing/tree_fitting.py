@@ -188,7 +188,8 @@ def order_words(scores: pd.DataFrame, *, blocks: int) -> str:
         if len(part):
             best = part.loc[part["value"].idxmax()]
             found.append(f"{words} {best['value']:.3f} at hidden {best['hidden']}")
-    return f"Best of {blocks} blocks: {', '.join(found)}. {PUBLISHED}"
+    place = ", ".join(str(own[c].iloc[0]) for c in ("site", "pooling", "probe"))
+    return f"Best of {blocks} blocks ({place}): {', '.join(found)}. {PUBLISHED}"
 
 
 def _draw(chosen: np.ndarray, n_seeds: int, n_boot: int) -> BootstrapDraw:

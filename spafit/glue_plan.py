@@ -10,16 +10,14 @@ from importlib.resources import files as resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-
 from spafit.data.glue_tasks import GLUE_TASKS, glue_task
 from spafit.errors import ConfigError, SpafitError, UsageError, did_you_mean
-from spafit.fields import FieldError, FieldPath, Origin, choice, integer, number, text
+from spafit.fields import FieldError, FieldPath, choice, integer, number, text
 from spafit.presets import preset_config
 from spafit.settings import TrainSettings
 from spafit.strata import StrataConfig
-from spafit.strata_files import _build, _fields, _list, _Loader
 from spafit.stratum import LINEAR_ROLES
+from spafit.yaml_fields import entries, mapping, read_fields
 
 if TYPE_CHECKING:
     from spafit.retain import PricedRemedy
@@ -165,27 +163,11 @@ def parse(source: str, *, file: str, folder: Path, name: str) -> GluePlan:
     Raises:
         ConfigError: ``file``, line, field, what was got, what is allowed, and the remedy.
     """
-    lines: dict[FieldPath, int] = {}
-    origin = Origin(file, lines)
-    try:
-        loader = _Loader(source)
-        try:
-            node = loader.get_single_node()
-            content = None if node is None else _build(node, (), lines, loader)
-        finally:
-            loader.dispose()
-        return _from_plain(content, folder, name)
-    except FieldError as error:
-        raise origin.locate(error) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{file}{where}: not readable as YAML: {problem}.") from None
+    return read_fields(source, file=file, what="a plan", build=lambda content, _: _from_plain(content, folder, name))
 
 
 def _from_plain(content: Any, folder: Path, name: str) -> GluePlan:
-    top = _fields(content, (), ("methods",), _FIELDS, None)
+    top = mapping(content, (), ("methods",), _FIELDS, None)
     if integer(top.get("schema_version", SCHEMA_VERSION), ("schema_version",), minimum=1) > SCHEMA_VERSION:
         raise FieldError(
             ("schema_version",), f"{top['schema_version']} is newer than this package's {SCHEMA_VERSION}. Upgrade."
@@ -204,7 +186,7 @@ def _from_plain(content: Any, folder: Path, name: str) -> GluePlan:
         given["revision"],
         data,
         _tasks(top.get("tasks", "all")),
-        tuple(_method(m, ("methods", i), folder) for i, m in enumerate(_list(top["methods"], ("methods",)))),
+        tuple(_method(m, ("methods", i), folder) for i, m in enumerate(entries(top["methods"], ("methods",)))),
         _seeds(top.get("seeds", 1)),
         _settings(top.get("settings", {}), ("settings",)),
         _by_task(top.get("task_settings", {}), ("task_settings",)),
@@ -236,7 +218,7 @@ def _method(entry: Any, path: FieldPath, folder: Path) -> GlueMethod:
         strata_path = path
     else:
         strata_path = (*path, "strata")
-    got = _fields(entry, path, ("strata",), ("name", "settings", "task_settings", "retain"), None)
+    got = mapping(entry, path, ("strata",), ("name", "settings", "task_settings", "retain"), None)
     wanted = text(got["strata"], strata_path)
     strata: StrataConfig | str = wanted
     if wanted.endswith((".yaml", ".yml", ".json")):
@@ -251,7 +233,7 @@ def _method(entry: Any, path: FieldPath, folder: Path) -> GlueMethod:
         raise FieldError(
             (*path, "name"), f"{name!r} names a folder: letters, digits, and . _ : + - after the first one."
         )
-    texts = _list(got.get("retain", []), (*path, "retain"))
+    texts = entries(got.get("retain", []), (*path, "retain"))
     method = GlueMethod(
         name,
         strata,
@@ -283,7 +265,7 @@ def _tasks(value: Any) -> tuple[str, ...]:
     if value == "all":
         return NINE_TASKS
     names: list[str] = []
-    for i, given in enumerate(_list(value, ("tasks",))):
+    for i, given in enumerate(entries(value, ("tasks",))):
         path: FieldPath = ("tasks", i)
         name = _task(given, path, NINE_TASKS)
         if name in names:
@@ -325,7 +307,7 @@ def _setting_types() -> dict[str, Any]:
 
 def _settings(content: Any, path: FieldPath) -> dict[str, Any]:
     """Fields of :class:`TrainSettings`, each of its type and in its range."""
-    got = _fields(content, path, (), tuple(_setting_types()), None)
+    got = mapping(content, path, (), tuple(_setting_types()), None)
     settings = {k: _value(v, (*path, k), _setting_types()[k]) for k, v in got.items()}
     for name, value in settings.items():
         try:
@@ -342,7 +324,7 @@ def _value(value: Any, path: FieldPath, kind: Any) -> Any:
             value = "on" if value else "off"
         return choice(value, path, options, str(path[-1]))
     if get_origin(kind) is tuple:
-        items = [(v, (*path, i)) for i, v in enumerate(_list(value, path))]
+        items = [(v, (*path, i)) for i, v in enumerate(entries(value, path))]
         return tuple(text(v, p) if options[0] is str else float(number(v, p)) for v, p in items)
     if type(None) in options:
         return None if value is None else _value(value, path, next(o for o in options if o is not type(None)))
@@ -365,6 +347,6 @@ def _files(content: Any) -> dict[str, dict[str, str]]:
     files: dict[str, dict[str, str]] = {}
     for given, names in content.items():
         task = _task(given, ("files", given), tuple(GLUE_TASKS))
-        got = _fields(names, ("files", given), (), tuple(GLUE_TASKS[task].splits), None)
+        got = mapping(names, ("files", given), (), tuple(GLUE_TASKS[task].splits), None)
         files[task] = {split: text(file, ("files", given, split)) for split, file in got.items()}
     return files

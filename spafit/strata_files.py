@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,28 +10,15 @@ from typing import Any, Literal
 
 import yaml
 
-from spafit.errors import ConfigError, did_you_mean
+from spafit.errors import ConfigError
 from spafit.fields import FieldError, FieldPath, Origin, integer, within
 from spafit.strata import SCHEMA_VERSION, StrataConfig
 from spafit.stratum import METHODS, PLACES, LoraOptions, Outside, PeftOptions, Stratum
+from spafit.yaml_fields import entries, mapping, read_fields, resolve_exponents
 
 _OPTIONS = ("lora", "bitfit", "ia3", "peft", "learning_rate", "weight_decay")
-_SCALARS = {f"tag:yaml.org,2002:{t}" for t in ("str", "int", "float", "bool", "null")}
 #: Longest entry of provenance, in characters, that is written on one line.
 _ONE_LINE = 100
-#: Numbers such as 1e-5, which YAML 1.1 takes for text.
-_EXPONENT = (r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$", "-+0123456789")
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe loader that keeps dates as text and refuses aliases, with which a file can explode or hold itself."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(
-                None, None, "aliases (*name) are not supported; write the value out", self.peek_event().start_mark
-            )
-        return super().compose_node(parent, index)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -60,13 +46,7 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
 
 
 def _adapt_yaml() -> None:
-    pattern, first = _EXPONENT
-    for cls in (_Loader, _Dumper):
-        cls.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(pattern), list(first))
-    _Loader.yaml_implicit_resolvers = {
-        key: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:timestamp"]
-        for key, rules in _Loader.yaml_implicit_resolvers.items()
-    }
+    resolve_exponents(_Dumper)
     _Dumper.add_representer(str, _represent_text)
     _Dumper.add_representer(
         _FlowMap, lambda dumper, data: dumper.represent_mapping("tag:yaml.org,2002:map", data, flow_style=True)
@@ -107,88 +87,9 @@ def parse(text: str, *, file: str, kind: Literal["yaml", "json"]) -> StrataConfi
             raise ConfigError(f"{file}, line {line}: not JSON ({getattr(error, 'msg', error)}). Mend it.") from None
         # Tabs between tokens are JSON but not YAML; inside JSON texts they cannot occur.
         text = text.replace("\t", " ")
-    lines: dict[FieldPath, int] = {}
-    origin = Origin(file, lines)
-    try:
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-            content = _build(node, (), lines, loader) if node is not None else None
-        finally:
-            loader.dispose()
-        return config_from_plain(content, origin=origin)
-    except FieldError as error:
-        raise origin.locate(error) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{file}{where}: not readable as YAML: {problem}.") from None
-    except RecursionError:
-        raise ConfigError(f"{file}: nested too deeply to be a strata file.") from None
-
-
-def _build(node: yaml.Node, path: FieldPath, lines: dict[FieldPath, int], loader: _Loader) -> Any:
-    """Plain content of a node; records the line of every field."""
-    lines.setdefault(path, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
-        content: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
-            merges = key_node.value == "<<" and key_node.style is None
-            if not isinstance(key_node, yaml.ScalarNode) or merges:
-                lines[(*path, "<<")] = line
-                raise FieldError((*path, "<<"), "keys must be plain words; merge keys are not supported.")
-            key = _text_of(key_node.value)
-            lines[(*path, key)] = line
-            if key in content:
-                raise FieldError((*path, key), f"the field {key!r} stands here twice. Remove one.")
-            content[key] = _build(value_node, (*path, key), lines, loader)
-        return content
-    if isinstance(node, yaml.SequenceNode):
-        return [_build(child, (*path, i), lines, loader) for i, child in enumerate(node.value)]
-    if node.tag not in _SCALARS:
-        raise FieldError(path, f"the tag {node.tag!r} is not supported; write texts, numbers, lists and mappings.")
-    try:
-        value = loader.construct_object(node)
-    except (ValueError, OverflowError) as error:
-        raise FieldError(path, f"{node.value[:40]!r} cannot be read ({error}).") from None
-    return _text_of(value) if isinstance(value, str) else value
-
-
-def _text_of(value: str) -> str:
-    r"""JSON spells characters beyond 16 bits as two escapes (\\ud83d\\ude00); join them."""
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _fields(
-    content: Any,
-    path: FieldPath,
-    required: tuple[str, ...],
-    optional: tuple[str, ...],
-    ignored: list[str] | None,
-) -> dict[str, Any]:
-    """Check a mapping's keys. ``ignored`` is None, or the list that takes the unknown fields of a newer file."""
-    allowed = (*required, *optional)
-    if not isinstance(content, dict):
-        raise FieldError(path, f"got {content!r}; write a mapping with the fields {', '.join(allowed)}.")
-    for key in content:
-        if key not in allowed:
-            if ignored is None:
-                raise FieldError(
-                    (*path, key), f"unknown field {key!r}. Allowed: {', '.join(allowed)}.{did_you_mean(key, allowed)}"
-                )
-            ignored.append(".".join(map(str, (*path, key))))
-    for key in required:
-        if key not in content:
-            raise FieldError(path, f"the field {key!r} is missing. Add it.")
-    return {k: v for k, v in content.items() if k in allowed}
-
-
-def _list(content: Any, path: FieldPath) -> list[Any]:
-    if not isinstance(content, list):
-        raise FieldError(path, f"got {content!r}; write a list.")
-    return content
+    return read_fields(
+        text, file=file, what="a strata file", build=lambda content, origin: config_from_plain(content, origin=origin)
+    )
 
 
 def config_from_plain(content: Any, *, origin: Origin | None = None) -> StrataConfig:
@@ -209,28 +110,28 @@ def config_from_plain(content: Any, *, origin: Origin | None = None) -> StrataCo
         raise FieldError((), f"the field 'schema_version' is missing. Add schema_version: {SCHEMA_VERSION}.")
     version = integer(content["schema_version"], ("schema_version",), minimum=1)
     ignored: list[str] | None = [] if version > SCHEMA_VERSION else None
-    top = _fields(content, (), ("schema_version", "model", "strata"), ("outside", "provenance"), ignored)
-    model = _fields(top["model"], ("model",), ("id", "blocks"), (), ignored)
+    top = mapping(content, (), ("schema_version", "model", "strata"), ("outside", "provenance"), ignored)
+    model = mapping(top["model"], ("model",), ("id", "blocks"), (), ignored)
     strata = []
-    for i, entry in enumerate(_list(top["strata"], ("strata",))):
+    for i, entry in enumerate(entries(top["strata"], ("strata",))):
         path: FieldPath = ("strata", i)
-        got = _fields(entry, path, ("stack", "blocks", "method"), _OPTIONS, ignored)
+        got = mapping(entry, path, ("stack", "blocks", "method"), _OPTIONS, ignored)
         for option in _OPTIONS:
             if option in got and got[option] is None:
                 raise FieldError((*path, option), "nothing stands here. Write the options, or remove the field.")
         with within(*path):
             if "lora" in got:
                 known = ("rank", "alpha", "dropout", "targets", "rslora")
-                options = _fields(got["lora"], ("lora",), (), known, ignored)
+                options = mapping(got["lora"], ("lora",), (), known, ignored)
                 with within("lora"):
                     got["lora"] = LoraOptions(**options)
             if "peft" in got:
-                options = _fields(got["peft"], ("peft",), (), ("targets", "options"), ignored)
+                options = mapping(got["peft"], ("peft",), (), ("targets", "options"), ignored)
                 with within("peft"):
                     got["peft"] = PeftOptions(**options)
             strata.append(Stratum(**got))
     around_fields = (*PLACES, "learning_rate", "weight_decay")
-    outside = _fields(top.get("outside", {}), ("outside",), (), around_fields, ignored)
+    outside = mapping(top.get("outside", {}), ("outside",), (), around_fields, ignored)
     for option, value in outside.items():
         if value is None:
             raise FieldError(("outside", option), "nothing stands here. Write a value, or remove the field.")

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probing.registry import load_tasks
-from probing.tasks.columns import parse_options, table_tasks
+from probing.tasks.columns import table_tasks
 from probing.tasks.splits import with_all_splits
+from probing.tasks.table_options import parse_options
 from spafit.errors import DataError, TaskError, UnknownTaskError
 from tests.paths import SHARED, needs_shared
 

@@ -12,10 +12,10 @@ from probing.displays import (
     layer_curves,
     markdown_table,
     overview,
-    relative_depth,
     sparkline,
     task_layer_heatmap,
 )
+from probing.model_displays import relative_depth
 from probing.tables import bracket, number, primary_split, shorten_curve
 from spafit.errors import UsageError
 from spafit.strata import StrataConfig

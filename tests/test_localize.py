@@ -517,3 +517,13 @@ def test_published_curves_without_an_order_are_seldom_supported(tmp_path):
         pd.DataFrame({"layer": range(13), **columns}).to_csv(path, index=False)
         supported += localize(read_evidence(path, claim), claim).runs[0].test.verdict == "supported"
     assert supported <= 11  # .05 of 100, and two and a half binomial standard deviations
+
+
+def test_seeds_that_share_one_fit_are_one_reading(planted):
+    tables = {t: planted.items(t) for t in planted.tasks}
+    shared = {t: i[(i["control"] != "none") | (i["seed"] == 0)] for t, i in tables.items()}
+    readings = readings_of(replace(planted, item_tables=shared))
+    assert [r.name for r in readings if r.kind == "seed"] == ["0"]
+    found = stability(readings, TYPES, CLAIM)
+    assert not found.tested
+    assert "3 seeds instead of 1" in found.sentence

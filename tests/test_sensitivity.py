@@ -186,3 +186,30 @@ def test_two_treebanks_stand_side_by_side(tmp_path: Path, small_bert: Path, cach
     assert set(table["task"]) == {"upos"}
     assert table["relative_depth"].max() == 1
     assert (out / "figures" / "relative_depth.png").stat().st_size > 5_000
+
+
+def test_a_replaced_run_takes_what_was_derived_from_it_along(tmp_path: Path, small_bert: Path, cache: Path) -> None:
+    out = tmp_path / "run"
+    made = {"max_train": 100, "seeds": 2, "n_boot": 100, "out": out, "quiet": True}
+    tasks = [f"conllu:{word_treebank(tmp_path)}#upos"]
+    interpret(probe_layers(str(small_bert), tasks, **made))
+    runner = CliRunner()
+    derived = ["sensitivity", str(out), "--pooling", "last", "--n-boot", "100", "-q"]
+    assert runner.invoke(app, derived).exit_code == 0
+    assert (out / "sensitivity" / "pooling-last" / "run.json").exists()
+    again = runner.invoke(app, ["sensitivity", str(out), "--pooling", "mean", "-q"])
+    assert isinstance(again.exception, UsageError)
+    assert "is in the run already" in str(again.exception)
+    interpret(probe_layers(str(small_bert), tasks, overwrite="always", **{**made, "seeds": 1}))
+    assert not list(out.glob("sensitivity*"))
+    assert unstable_tasks(out) == {}
+    assert runner.invoke(app, derived).exit_code == 0  # with the new run's options
+
+
+def test_a_size_that_no_task_has_is_no_second_curve(tmp_path: Path, small_bert: Path, cache: Path) -> None:
+    out = tmp_path / "run"
+    tasks = [f"conllu:{word_treebank(tmp_path)}#upos"]
+    interpret(probe_layers(str(small_bert), tasks, max_train=5000, seeds=2, n_boot=100, out=out, quiet=True))
+    done = CliRunner().invoke(app, ["sensitivity", str(out), "--train-sizes", "9000", "--n-boot", "100", "-q"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert not (out / "figures" / "complexity_items.png").exists()

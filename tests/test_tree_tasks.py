@@ -202,7 +202,7 @@ def test_a_run_of_trees_and_classes(tmp_path: Path, small_bert: Path, cache: Pat
     assert "uuas" in set(loaded.summaries.query("task == 'made.tree'")["metric"])
     notes = results.run["tasks"]["made.tree"]["notes"]
     assert any("tf-idf" in n for n in notes)
-    assert any("Hewitt & Manning 2019" in n for n in notes)
+    assert any("(block, mean, structural:8)" in n and "Hewitt & Manning 2019" in n for n in notes)
     assert "UUAS" in loaded.to_markdown()
     with pytest.raises(UsageError, match="no metric 'bits'"):
         loaded.curve("made.tree")
@@ -282,3 +282,26 @@ def test_rows_of_trees_are_shown(tmp_path: Path) -> None:
     assert "head 3" in shown.output
     described = CliRunner().invoke(app, ["tasks", "show", f"conllu:{tmp_path / 'made'}#tree"])
     assert described.exit_code == 0, described.output
+
+
+def test_progress_counts_the_fits_that_are_made(tmp_path, small_bert, cache, monkeypatch) -> None:
+    import probing.running
+
+    totals, advanced = [], []
+
+    class Counted(probing.running.Progress):
+        def __init__(self, description: str, total: float, **options: object) -> None:
+            totals.append((description, total))
+            super().__init__(description, total, **options)
+
+        def advance(self, amount: float, description: str | None = None) -> None:
+            advanced.append((totals[-1][0], amount))
+            super().advance(amount, description=description)
+
+    monkeypatch.setattr(probing.running, "Progress", Counted)
+    probe_layers(
+        str(small_bert), [f"conllu:{treebank(tmp_path)}#upos,tree"], probe=["linear", "structural:4"], max_train=100,
+        seeds=2, n_boot=100, out=tmp_path / "run", quiet=True,
+    )  # fmt: skip
+    wanted = dict(totals)["Probing"]
+    assert sum(amount for name, amount in advanced if name == "Probing") == wanted

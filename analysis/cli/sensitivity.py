@@ -39,6 +39,9 @@ def sensitivity(
 
     base = ProbeResults.load(run)
     sizes = _sizes(train_sizes)
+    _refuse_repeated("--pooling", _split(pooling), base.run["config"]["pooling"])
+    _refuse_repeated("--probe", split_probes(probe) if probe else [], base.run["config"]["probe"])
+    _refuse_repeated("--train-sizes", list(map(str, sizes)), [str(base.run["config"]["max_train"])])
     changes: list[tuple[str, dict[str, Any]]] = []
     first = {"pooling": base.run["config"]["pooling"][:1], "probe": base.run["config"]["probe"][:1]}
     changes += [(f"pooling-{p}", {**first, "pooling": [p]}) for p in _split(pooling)]
@@ -78,7 +81,12 @@ def _complexity(runs: list[ProbeResults], folder: Path) -> list[Path]:
     from analysis.complexity import complexity_curves, complexity_table, has_several_sizes
     from spafit import io, plotting
 
-    table = complexity_table(runs)
+    kept: list[ProbeResults] = []  # a size that all tasks lack gives the base's numbers again
+    for one in runs:
+        keys = _fits(one)
+        if not any(keys & _fits(other) for other in kept):
+            kept.append(one)
+    table = complexity_table(kept)
     paths = []
     if has_several_sizes(table):
         paths.append(plotting.save_figure(complexity_curves(table), folder / "figures" / "complexity.png"))
@@ -89,6 +97,20 @@ def _complexity(runs: list[ProbeResults], folder: Path) -> list[Path]:
         io.write_table(folder / "complexity", table)
         paths.append(folder / "complexity.csv")
     return paths
+
+
+def _fits(results: ProbeResults) -> set[tuple[str, ...]]:
+    """Task, pooling, probe and number of training items of every fit of a run."""
+    columns = ["task", "site", "pooling", "probe", "n_train"]
+    return set(results.scores[columns].astype(str).itertuples(index=False, name=None))
+
+
+def _refuse_repeated(option: str, given: list[str], there: list[str]) -> None:
+    from spafit.errors import UsageError
+
+    twice = [g for i, g in enumerate(given) if g in there or g in given[:i]]
+    if twice:
+        raise UsageError(f"{option} {twice[0]} is in the run already, or named twice. Name what is to be added.")
 
 
 def _split(text: str | None) -> list[str]:

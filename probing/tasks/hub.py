@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 
 from probing.tasks.base import Task
-from probing.tasks.columns import SPLIT_NAMES, TABLE_ONLY, Options, Part, parse_options, task_from_parts
+from probing.tasks.columns import SPLIT_NAMES, Part, task_from_parts
 from probing.tasks.reading import safe_name
+from probing.tasks.table_options import TABLE_ONLY, Options, parse_options
 from spafit.data.hub import ask_for_data_set
 from spafit.errors import DataError, HubError, TaskError, did_you_mean
 
