@@ -41,7 +41,7 @@ from probing.tables import (
     variants,
 )
 from spafit import plotting
-from spafit.errors import UsageError
+from spafit.errors import UsageError, check_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,6 +101,8 @@ def layer_curves(
     Raises:
         UsageError: nothing to draw for this choice, or a choice among stacks, sites or tasks is missing; lists them.
     """
+    check_choice("layout", layout, ("tasks", "levels"))
+    check_choice("scale", scale, ("metric", "share"))
     chosen = select(scores, metric=metric, stack=stack, site=site, tasks=tasks)
     if scale == "share":
         chosen = as_shares(chosen, metric=metric)

@@ -297,3 +297,10 @@ def test_the_notebook_table_escapes_names(scores, summaries):
     assert "<b>" not in text
     assert "&lt;b&gt;" in text
     assert text.count("<tr>") == 5
+
+
+def test_a_layout_or_scale_that_is_none_is_refused(scores):
+    with pytest.raises(UsageError, match="layout is 'level'; it can be 'tasks' or 'levels'"):
+        layer_curves(scores, layout="level")
+    with pytest.raises(UsageError, match="scale is 'percent'"):
+        layer_curves(scores, scale="percent")
