@@ -1,0 +1,1 @@
+"""Search over plans and hyper-parameters: one space and one objective for every backend."""
