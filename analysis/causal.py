@@ -100,7 +100,7 @@ def effect(
     if intervention not in INTERVENTIONS:
         hint = did_you_mean(intervention, INTERVENTIONS)
         raise UsageError(f"intervention must be one of {', '.join(INTERVENTIONS)}; got {intervention!r}.{hint}")
-    stack = _shared_stack(before, after)
+    stack = shared_stack(before, after)
     for start, stop in blocks:
         if not 0 <= start < stop <= stack.num_blocks:
             raise UsageError(f"Blocks [{start}, {stop}) are not within [0, {stack.num_blocks}).")
@@ -152,7 +152,7 @@ def exchanged(
         share: below 1, a mixture: (1 - share) · target + share · source.
         outside: also everything outside the blocks that both models have (embeddings, final norm, head).
     """
-    stack = _shared_stack(target, source)
+    stack = shared_stack(target, source)
     every = [n for n, _ in target.named_parameters(remove_duplicate=False)]  # a tied head under its own name, too
     names = [n for n in every if _belongs(n, stack, set(blocks), part)]
     if outside:
@@ -347,7 +347,12 @@ def _stack_of(model: nn.Module) -> Stack:
     return stacks[0]
 
 
-def _shared_stack(a: nn.Module, b: nn.Module) -> Stack:
+def shared_stack(a: nn.Module, b: nn.Module) -> Stack:
+    """The one stack of two models that are built alike.
+
+    Raises:
+        ModelError: they are not, or have several.
+    """
     first, second = _stack_of(a), _stack_of(b)
     if type(a) is not type(b) or first.block_paths != second.block_paths:
         raise ModelError(

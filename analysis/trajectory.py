@@ -14,20 +14,19 @@ rest on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from analysis.drawn_items import DrawnItems, check_watchable, rows_of, texts_of
 from probing.probes.linear import LinearProbeFit, fit_linear_probes, fit_selected
-from probing.registry import load_tasks
 from probing.repeated import RepeatedStates
 from probing.shared_prefix import first_reader
-from probing.tasks.base import Task, Text
+from probing.tasks.base import Task
 from spafit import plotting
 from spafit.errors import DataError, TaskError, UsageError
-from spafit.runtime import generator
 from spafit.signals import Reading, Signal
 from spafit.stats import jackknife
 
@@ -88,51 +87,17 @@ def forgetting_signal(
     """
     if train_items < 2 or test_items < 2:
         raise UsageError(f"train_items is {train_items} and test_items {test_items}; at least 2 of each are needed.")
-    given = {t.name: t.validate() for t in tasks if isinstance(t, Task)}
-    found = {t.name: t for t in load_tasks([t for t in tasks if isinstance(t, str)])} | given
-    if not found:
-        raise UsageError("No task to watch. Name at least one, such as core.tense.")
-    for task in found.values():
-        if task.kind != "classes" or len(task.span_columns) > 1 or len(task.text_columns) > 1:
-            raise TaskError(
-                f"Task {task.name!r} ({task.kind}, {task.unit}) cannot be watched: only tasks with one class per word, "
-                "span, sentence or pair of sentences can. Read it before and after training, with spafit compare."
-            )
-    draws = [_Draw.make(task, train_items, test_items, seed) for task in found.values()]
+    found = check_watchable(tasks)
+    draws = [DrawnItems.make(task, train_items, test_items, seed) for task in found.values()]
     name = f"forgetting of {', '.join(found)}"
     return Signal(name, _Watch(tokenizer, draws, pooling, stack), every=every, share=share)
-
-
-@dataclass(frozen=True)
-class _Draw:
-    """A task and the positions of its drawn items, by split."""
-
-    task: Task
-    train: np.ndarray
-    dev: np.ndarray
-    test: np.ndarray
-
-    @classmethod
-    def make(cls, task: Task, train_items: int, test_items: int, seed: int) -> _Draw:
-        split, text = task.items["split"].to_numpy(), task.items["text"].to_numpy()
-        # Texts in an order of the corpus, as for training items, so that tasks share them.
-        order = generator(seed, "watched texts", task.corpus.digest).permutation(len(task.corpus.texts))
-
-        def first(name: str, n: int) -> np.ndarray:
-            rows = np.flatnonzero(split == name)
-            return np.sort(rows[np.argsort(order[text[rows]], kind="stable")][:n])
-
-        return cls(
-            task, task.training_draw(seed, train_items), first("dev", max(2, train_items // 2)),
-            first(task.test_splits[0], test_items),
-        )  # fmt: skip
 
 
 @dataclass
 class _Before:
     """A task before training: its items' rows and labels, the probes, and which test items they get right."""
 
-    draw: _Draw
+    draw: DrawnItems
     train: np.ndarray
     test: np.ndarray
     labels: tuple[np.ndarray, np.ndarray]
@@ -148,7 +113,7 @@ class _Before:
 class _Watch:
     """The measurement; holds what it saw before training."""
 
-    def __init__(self, tokenizer: Any, draws: Sequence[_Draw], pooling: str, stack: str | None):
+    def __init__(self, tokenizer: Any, draws: Sequence[DrawnItems], pooling: str, stack: str | None):
         self.tokenizer, self.draws, self.pooling, self.stack = tokenizer, draws, pooling, stack
         self._tasks: list[_Before] = []
         self._states: RepeatedStates | None = None
@@ -164,7 +129,7 @@ class _Watch:
         if storage != self._storage:  # another model, or one whose weights were exchanged for others
             loaded, device, _ = self._look_at(model)
             self._states = RepeatedStates(
-                loaded, self._texts("train", "test")[0], pooling=self.pooling, stack=self.stack, device=device
+                loaded, texts_of(self.draws, "train", "test")[0], pooling=self.pooling, stack=self.stack, device=device
             )
             self._storage = storage
         assert self._states is not None
@@ -182,22 +147,11 @@ class _Watch:
         device = str(next(model.parameters()).device)
         return loaded, device, first_reader(names, pick_stack(loaded, self.stack))
 
-    def _texts(self, *splits: str) -> tuple[list[Text], dict[tuple[str, int], int]]:
-        """The texts of these splits' items, and where each text of a corpus stands among them."""
-        place: dict[tuple[str, int], int] = {}
-        texts: list[Text] = []
-        for draw in self.draws:
-            corpus = draw.task.corpus
-            for t in draw.task.items["text"].to_numpy()[np.concatenate([getattr(draw, s) for s in splits])]:
-                if place.setdefault((corpus.digest, int(t)), len(texts)) == len(texts):
-                    texts.append(corpus.texts[t])
-        return texts, place
-
     def _begin(self, model: nn.Module) -> None:
         """Encode, fit the probes, and see what they get right."""
         loaded, device, unchanged = self._look_at(model)
-        texts, place = self._texts("train", "test")
-        dev_texts, dev_place = self._texts("dev")
+        texts, place = texts_of(self.draws, "train", "test")
+        dev_texts, dev_place = texts_of(self.draws, "dev")
         how: dict[str, Any] = {"pooling": self.pooling, "stack": self.stack, "device": device}
         self._states = RepeatedStates(loaded, texts, unchanged=unchanged, **how)
         self._storage = _storage(model)
@@ -207,8 +161,8 @@ class _Watch:
         self._tasks = []
         for draw in self.draws:
             task = draw.task
-            train, test = (_rows(self._states, task, items, place) for items in (draw.train, draw.test))
-            dev = _rows(for_dev, task, draw.dev, dev_place)
+            train, test = (rows_of(self._states, task, items, place) for items in (draw.train, draw.test))
+            dev = rows_of(for_dev, task, draw.dev, dev_place)
             items = {"train": (train, draw.train), "dev": (dev, draw.dev), "test": (test, draw.test)}
             for name, (rows, _) in items.items():
                 if not (rows >= 0).any():
@@ -220,7 +174,7 @@ class _Watch:
                 self._first[unit][:, usable["train"][0]], y["train"], dev_states[unit][:, usable["dev"][0]], y["dev"],
                 n_classes=len(task.labels),
             )  # fmt: skip
-            probes = [_one(fit, h) for h in range(len(self._first[unit]))]
+            probes = [fit.only(h) for h in range(len(self._first[unit]))]
             x_test = self._first[unit][:, usable["test"][0]]
             right = np.stack([_right(p, x, y["test"]) for p, x in zip(probes, x_test, strict=True)])
             groups = task.items["group"].astype(str).to_numpy()[usable["test"][1]]
@@ -256,21 +210,6 @@ class _Watch:
 
 def _storage(model: nn.Module) -> tuple[int, ...]:
     return tuple(p.data_ptr() for p in model.parameters())
-
-
-def _rows(states: RepeatedStates, task: Task, items: np.ndarray, place: dict[tuple[str, int], int]) -> np.ndarray:
-    """Row of each item's state, -1 where it has none."""
-    digest = task.corpus.digest
-    texts = np.array([place[digest, int(t)] for t in task.items["text"].to_numpy()[items]], dtype=np.int64)
-    rows, usable = states.rows(task, items, texts)
-    return np.where(usable, rows, -1)
-
-
-def _one(fit: LinearProbeFit, hidden: int) -> LinearProbeFit:
-    """The probe of one hidden state."""
-    at = slice(hidden, hidden + 1)
-    names = ("weights", "bias", "mean", "scale", "l2", "converged", "gap", "iterations")
-    return replace(fit, **{name: getattr(fit, name)[at] for name in names})
 
 
 def _right(fit: LinearProbeFit, x: np.ndarray, labels: np.ndarray) -> np.ndarray:

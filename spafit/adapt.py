@@ -265,10 +265,10 @@ def plan_for(
             bias_roles={s.name: s.bias_roles for s in stacks},
             roles={s.name: tuple(s.roles) for s in stacks},
             # Both sides of a comparison at equal parameters are counted as they would be trained.
-            count=lambda plan: count_trainable(model, _with_missing_pooler(model, plan, missing)),
+            count=lambda plan: count_trainable(model, with_missing_pooler(model, plan, missing)),
             model_id=model_id,
         )
-        plan = _with_missing_pooler(model, plan, missing)
+        plan = with_missing_pooler(model, plan, missing)
     frozen = _frozen_parts(model, plan, missing)
     if frozen:
         place, names = next(iter(frozen.items()))
@@ -280,7 +280,7 @@ def plan_for(
     return plan
 
 
-def _with_missing_pooler(model: nn.Module, plan: StrataConfig, missing: Collection[str]) -> StrataConfig:
+def with_missing_pooler(model: nn.Module, plan: StrataConfig, missing: Collection[str]) -> StrataConfig:
     """A preset's plan with the pooler in full, where that is all that the checkpoint lacks and the plan freezes."""
     if set(_frozen_parts(model, plan, missing)) != {"pooler"}:
         return plan

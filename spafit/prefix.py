@@ -101,6 +101,7 @@ class PrefixCache:
         directory: Path,
         *,
         device: str,
+        shared: bool = False,
         batch_tokens: int = 8192,
         progress: Callable[[float], object] | None = None,
     ) -> PrefixCache:
@@ -118,6 +119,7 @@ class PrefixCache:
             collator: pads on the right.
             directory: made if missing; holds ``prefix.json`` and ``prefix.bin``.
             device: where to compute.
+            shared: the directory holds the caches of several plans and data, each in a folder named after its key.
             batch_tokens: padded tokens per batch, at most (a longer item runs alone).
             progress: called with the number of items that were finished.
 
@@ -158,7 +160,8 @@ class PrefixCache:
                     f"There is no frozen prefix to cache: {'; '.join(notes) or 'there are no training items'}. Set "
                     "the prefix cache off."
                 )
-            key, path = _key(stratified, data, stacks, device), Path(directory) / _STATES
+            key = _key(stratified, data, stacks, device)
+            path = Path(directory) / (key[:16] if shared else "") / _STATES
             row = sum(s.bytes for s in stacks)
             reused = _is_stored(path, key, size=int(lengths.sum()) * row)
             cache = cls(path, tuple(stacks), tuple(notes), reused, tuple(kept), starts, lengths)

@@ -59,6 +59,7 @@ class Job:
     command: str
     quiet: bool
     processes: Processes
+    prefix_folder: Path | None = None
 
 
 def train_seed(job: Job, seed: int) -> dict[str, Any]:
@@ -452,7 +453,8 @@ def _prefix_cache(
     free = shutil.disk_usage(folder).free
     job.processes.wait()  # all decide on the same free space
     pays, why = prefix_pays(stratified, train, epochs=settings.epochs, free_bytes=free, device=job.processes.device)
-    if settings.prefix_cache == "auto" and not pays:
+    shared = job.prefix_folder is not None and prefix_bytes(stratified, train) > 0
+    if settings.prefix_cache == "auto" and not (pays or shared):
         return None, f"prefix cache off: {why}"
     size = prefix_bytes(stratified, train)
     stderr_console(quiet=job.quiet).print(f"Prefix cache: {size / 1e6:,.0f} MB ({why})")
@@ -460,8 +462,8 @@ def _prefix_cache(
     def build() -> PrefixCache:
         with Progress("Frozen prefix", len(train), quiet=job.quiet) as progress:
             return PrefixCache.build(
-                stratified, train, Collator(tokenizer), folder / "prefix", device=job.processes.device,
-                progress=progress.advance,
+                stratified, train, Collator(tokenizer), job.prefix_folder or folder / "prefix",
+                device=job.processes.device, shared=job.prefix_folder is not None, progress=progress.advance,
             )  # fmt: skip
 
     try:

@@ -35,6 +35,7 @@ def fit(
     out: str | Path,
     remedies: Sequence[PricedRemedy] = (),
     signals: Sequence[Signal] = (),
+    prefix_folder: str | Path | None = None,
     method: str | None = None,
     device: str = "auto",
     revision: str | None = None,
@@ -63,6 +64,8 @@ def fit(
         signals: what is measured while training; see :class:`spafit.signals.Signal`. They change no weight: training
             is the same to the bit with and without them, and a finished seed is not trained again for their sake. One
             that finished without a signal has none, which is said on stderr; ``resume=False`` trains it anew.
+        prefix_folder: where the frozen prefix's outputs are kept for several calls; those with equal training items,
+            base and frozen blocks then share them. None keeps them in the seed's folder while it trains.
         method: what tables call the plan; by default the preset's name or the plan's source, and the remedies.
         device: kind of torch device; ``auto`` takes the first of cuda, mps, cpu.
         revision: branch, tag or commit of a hub model.
@@ -91,6 +94,7 @@ def fit(
     job = Job(
         model, config, data, settings, Path(out), tuple(remedies), tuple(signals), name, revision,
         offline, allow_pickle, resume, command or "spafit.fit", quiet or not processes.first, processes,
+        None if prefix_folder is None else Path(prefix_folder),
     )  # fmt: skip
     try:
         done = [train_seed(job, seed) for seed in seeds]

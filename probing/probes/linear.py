@@ -17,7 +17,7 @@ it half a pseudo-item's share, ½ / (n + ½ · absent classes), and scales the o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +36,8 @@ DEFAULT_L2 = (3e-4, 1.5e-3, 1e-2, 7e-2, 5e-1)
 DEFAULT_TOLERANCE = 0.004
 #: Coefficients of the fits that run together, at most: the solver keeps about thirty arrays of that size.
 BATCH_COEFFICIENTS = 2**22
+#: A warm start leaves out features whose mean or spread moved by more than this many of their former spread.
+FAR = 1e3
 #: Rows that are scored at a time.
 SCORED_ROWS = 8192
 
@@ -70,6 +72,12 @@ class LinearProbeFit:
     iterations: np.ndarray = field(repr=False)
     present: np.ndarray = field(repr=False)
     n_items: int
+
+    def only(self, position: int) -> LinearProbeFit:
+        """The fit of one representation, B = 1."""
+        at = slice(position, position + 1)
+        names = ("weights", "bias", "mean", "scale", "l2", "converged", "gap", "iterations")
+        return replace(self, **{name: getattr(self, name)[at] for name in names})
 
     def log_probabilities(self, x: np.ndarray | torch.Tensor, *, label_set: int | None = None) -> np.ndarray:
         """Natural logarithms of the class probabilities (divide by ln 2 for bits).
@@ -394,6 +402,9 @@ class Layer:
         if earlier is not None:
             ratio = (self.scale / earlier.scale[self.b])[:, None]
             shift = (self.mean - earlier.mean[self.b]) / earlier.scale[self.b]
+            # A feature that hardly varied before and moved since would begin with an enormous coefficient.
+            far = (ratio[:, 0] > FAR) | (np.abs(shift) > FAR)
+            ratio, shift = np.where(far[:, None], 0.0, ratio), np.where(far, 0.0, shift)
             weights = earlier.weights[self.b].reshape(-1, self.problem.width, self.problem.classes)[part]
             bias = earlier.bias[self.b].reshape(-1, self.problem.classes)[part]
             bias = bias + np.einsum("d,fdk->fk", shift, weights)
