@@ -21,7 +21,7 @@ _PUBLIC = {
     "localization_test": "analysis.localization",
     "LocalizationTest": "analysis.localization",
     "suggest_strata": "analysis.suggestion",
-    "StrataSuggestion": "analysis.suggestion",
+    "StrataSuggestion": "analysis.strata_suggestion",
     "tradeoff": "analysis.tradeoff_folders",
     "tradeoff_differences": "analysis.tradeoffs",
     "tradeoff_table": "analysis.tradeoffs",

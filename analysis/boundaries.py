@@ -24,18 +24,18 @@ class BoundaryEstimate:
 
     Attributes:
         criterion: ``segmentation`` or ``holding``.
-        boundaries: (s1, s2), first blocks of the second and third stratum.
+        boundaries: first blocks of the second and further strata; (s1, s2) of three.
         intervals: bootstrap interval of each, inclusive ends, at :data:`CONFIDENCE`.
-        draws: boundaries in each bootstrap draw, shape (draws, 2).
+        draws: boundaries in each bootstrap draw, shape (draws, boundaries).
     """
 
     criterion: Criterion
-    boundaries: tuple[int, int]
-    intervals: tuple[tuple[int, int], tuple[int, int]]
+    boundaries: tuple[int, ...]
+    intervals: tuple[tuple[int, int], ...]
     draws: np.ndarray = field(repr=False)
 
     def probabilities(self, num_blocks: int) -> np.ndarray:
-        """Share of bootstrap draws that put each boundary at each block, shape (2, num_blocks + 1)."""
+        """Share of bootstrap draws that put each boundary at each block, shape (boundaries, num_blocks + 1)."""
         return np.stack([np.bincount(d, minlength=num_blocks + 1) / len(d) for d in self.draws.T])
 
     def widest(self) -> tuple[str, tuple[int, int]]:
@@ -66,22 +66,23 @@ def bootstrap_curves(curves: Sequence[LayerCurve], *, n_boot: int, seed: int) ->
     return draws
 
 
-def _estimate(criterion: Criterion, boundaries: tuple[int, int], draws: np.ndarray) -> BoundaryEstimate:
+def _estimate(criterion: Criterion, boundaries: tuple[int, ...], draws: np.ndarray) -> BoundaryEstimate:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(draws, [tail, 1 - tail], axis=0, method="inverted_cdf").astype(int)
-    s1, s2 = ((int(min(low[i], b)), int(max(high[i], b))) for i, b in enumerate(boundaries))
-    return BoundaryEstimate(criterion, boundaries, (s1, s2), draws)
+    ends = tuple((int(min(low[i], b)), int(max(high[i], b))) for i, b in enumerate(boundaries))
+    return BoundaryEstimate(criterion, boundaries, ends, draws)
 
 
 def by_segmentation(
-    curves: Sequence[LayerCurve], draws: np.ndarray, *, num_blocks: int
+    curves: Sequence[LayerCurve], draws: np.ndarray, *, num_blocks: int, segments: int = 3
 ) -> tuple[SegmentationTest, BoundaryEstimate] | str:
-    """Test three segments against smooth profiles and cut; or the reason why that cannot be done.
+    """Test segments against smooth profiles and cut; or the reason why that cannot be done.
 
     Args:
         curves: one per task.
         draws: from :func:`bootstrap_curves`, shape (draws, tasks, hidden).
         num_blocks: L; every hidden state from 1 to L is needed.
+        segments: number of strata, at least two.
     """
     if len(curves) < 2:
         return f"it needs at least two tasks, got {len(curves)}"
@@ -94,8 +95,9 @@ def by_segmentation(
     varying = int((standardise(profiles) != 0).any(axis=1).sum())
     if varying < 2:
         return f"it needs at least two tasks whose score varies over depth, got {varying}"
-    test = segmentation_test(profiles)
-    return test, _estimate("segmentation", test.cuts, segment(standardise(draws[..., inner])))
+    test = segmentation_test(profiles, segments=segments)
+    cuts = segment(standardise(draws[..., inner]), segments=segments)
+    return test, _estimate("segmentation", test.cuts, cuts)
 
 
 def by_holding(

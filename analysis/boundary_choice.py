@@ -36,9 +36,9 @@ class BoundaryChoice:
         best: position of the feasible placement with the largest gain.
         budget: most parameters, or None.
         tolerance: most forgetting, or None.
-        null: gain of the choice less that of the last method in all blocks at a rank of as many parameters: mean,
-            ci_low, ci_high; chosen on one half of the batches and measured on the other. Strata are worth something
-            where it is above 0.
+        null: gain of the choice less what strata of the same sizes gain on average over all places in the depth: mean,
+            ci_low, ci_high; chosen on one half of the batches and measured on the other. Where it is not above 0 the
+            depth at which a method stands makes no difference, and there are no strata in the evidence.
     """
 
     evidence: BlockEvidence = field(repr=False)
@@ -61,8 +61,15 @@ class BoundaryChoice:
 
     @property
     def beats_null(self) -> bool:
-        """Whether placing strata gains more than spreading as many parameters evenly, by more than noise."""
+        """Whether the place of the strata gains more than strata of the same sizes anywhere, by more than noise."""
         return self.null[1] > 0
+
+    def probabilities(self) -> np.ndarray:
+        """Share of draws whose best placement has each boundary at each block, shape (boundaries, L + 1)."""
+        found = np.zeros((len(self.strata) - 1, self.evidence.num_blocks + 1))
+        for i, own in enumerate(found):
+            np.add.at(own, self.table[f"s{i + 1}"].to_numpy(), self.table["p_optimal"].to_numpy())
+        return found
 
     def short_list(self, n: int = 4) -> list[tuple[int, ...]]:
         """The choice, then placements that are most often optimal, then those of least regret; ``n`` in all."""
@@ -138,7 +145,7 @@ def choose_boundaries(
     table["p_optimal"] = np.bincount(winner, minlength=len(cuts)) / len(winner)
     table["regret"] = (top[:, None] - gains).mean(0)
     table["in_region"], table["pareto"] = region, _pareto(gain, lost, size)
-    null = _against_even(evidence, names, cuts, feasible, size)
+    null = _against_anywhere(evidence, names, cuts, feasible)
     return BoundaryChoice(evidence, names, table, chosen, best, budget, tolerance, null)
 
 
@@ -211,23 +218,23 @@ def _pareto(gain: np.ndarray, lost: np.ndarray, size: np.ndarray) -> np.ndarray:
     return front
 
 
-def _against_even(
-    evidence: BlockEvidence, names: Sequence[str], cuts: np.ndarray, feasible: np.ndarray, size: np.ndarray
+def _against_anywhere(
+    evidence: BlockEvidence, names: Sequence[str], cuts: np.ndarray, feasible: np.ndarray
 ) -> tuple[float, float, float]:
-    """Gain beyond the last method everywhere at a rank with as many parameters, chosen and measured on other batches.
-
-    A low-rank update's squared gradient grows with its rank in proportion, as its parameters do, so spreading a share
-    of all parameters evenly gains that share.
-    """
+    """Gain beyond strata of the same sizes at random places, chosen on half of the batches, measured on the others."""
     units = evidence.gain_units
-    halves = np.arange(len(units)) % 2 == 0
-    full = evidence.parameters[-1].sum()
+    ends = _stops(cuts, evidence.num_blocks)
+    half = np.arange(len(units)) % 2 == 0
     found = []
-    for half in (halves, ~halves):
-        here, there = (_along(units[h], evidence, names, cuts) for h in (half, ~half))
+    for own in (half, ~half):
+        here, there = (_along(units[h], evidence, names, cuts) for h in (own, ~own))
         best = int(np.where(feasible, here.mean(0), -np.inf).argmax())
-        scale = units[~half][:, -1].sum(-1)
-        found.append((there[:, best] - scale * (size[best] - evidence.outside) / full) / scale.mean())
+        anywhere = np.zeros(len(there))
+        for i, name in enumerate(names):
+            if name != "freeze":
+                mean = units[~own][:, evidence.methods.index(name)].mean(-1)
+                anywhere += (ends[best, i + 1] - ends[best, i]) * mean
+        found.append(there[:, best] - anywhere)
     both = np.concatenate(found)
     half_width = stats.t.ppf(0.975, len(both) - 1) * both.std(ddof=1) / np.sqrt(len(both))
     return float(both.mean()), float(both.mean() - half_width), float(both.mean() + half_width)

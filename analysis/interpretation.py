@@ -12,7 +12,8 @@ import pandas as pd
 from analysis.localization import LocalizationTest, localization_test
 from analysis.sensitivity import unstable_tasks
 from analysis.stability import readings_of
-from analysis.suggestion import StrataSuggestion, suggest_strata
+from analysis.strata_suggestion import StrataSuggestion
+from analysis.suggestion import suggest_strata
 from probing.results import ProbeResults
 from spafit import __version__, io
 

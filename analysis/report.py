@@ -17,7 +17,7 @@ from spafit.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from analysis.suggestion import StrataSuggestion
+    from analysis.strata_suggestion import StrataSuggestion
     from probing.results import ProbeResults
 
 #: The page stays below this size; the item browser gives way first.

@@ -28,7 +28,7 @@ from probing.tables import (
 from spafit import plotting
 
 if TYPE_CHECKING:
-    from analysis.suggestion import StrataSuggestion
+    from analysis.strata_suggestion import StrataSuggestion
     from probing.results import ProbeResults
 
 _CONTROLS = {

@@ -71,10 +71,10 @@ def segment(profiles: np.ndarray, *, segments: int = 3) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SegmentationTest:
-    """Three strata against smooth depth profiles, by what each predicts of a task it has not seen.
+    """Strata against smooth depth profiles, by what each predicts of a task it has not seen.
 
     Attributes:
-        cuts: (c1, c2), the first blocks of the second and third segment, fitted on all tasks.
+        cuts: the first blocks of the second and further segments, fitted on all tasks; (c1, c2) of three.
         errors: leave-one-task-out squared error, summed over tasks and hidden states, of ``segments`` and of each
             smooth profile of :data:`SMOOTH`. A model that predicts nothing has n_tasks × num_blocks.
         task_errors: the same per left-out task, each of shape (tasks,).
@@ -82,7 +82,7 @@ class SegmentationTest:
         num_blocks: L.
     """
 
-    cuts: tuple[int, int]
+    cuts: tuple[int, ...]
     errors: dict[str, float]
     task_errors: dict[str, np.ndarray]
     n_tasks: int
@@ -95,12 +95,12 @@ class SegmentationTest:
 
     @property
     def beats_null(self) -> bool:
-        """Whether three segments predict left-out tasks better than every smooth profile."""
+        """Whether segments predict left-out tasks better than every smooth profile."""
         return self.errors["segments"] < self.errors[self.best_smooth]
 
 
-def segmentation_test(profiles: np.ndarray) -> SegmentationTest:
-    """Cut the tasks' depth profiles into three, and compare with smooth profiles out of sample.
+def segmentation_test(profiles: np.ndarray, *, segments: int = 3) -> SegmentationTest:
+    """Cut the tasks' depth profiles into segments, three unless told, and compare with smooth profiles out of sample.
 
     Each profile is standardised over depth. For every task in turn, each model is fitted to the mean of the *other*
     tasks' profiles and predicts the left-out one: segments (cuts by :func:`segment` on the other tasks), a flat
@@ -117,6 +117,7 @@ def segmentation_test(profiles: np.ndarray) -> SegmentationTest:
 
     Args:
         profiles: bits per task at hidden 1…L, shape (tasks, L), finite.
+        segments: how many; the shares above are for three.
 
     Raises:
         UsageError: fewer than two tasks with a profile that varies, fewer than :data:`MIN_BLOCKS` hidden states, or
@@ -133,11 +134,10 @@ def segmentation_test(profiles: np.ndarray) -> SegmentationTest:
         raise UsageError(f"The segmentation needs at least {MIN_BLOCKS} blocks; got {length}.")
     others = (shapes.sum(axis=0) - shapes) / (tasks - 1)
     left_out = np.stack([np.delete(shapes, t, axis=0) for t in range(tasks)])
-    predictions = {"segments": _levels(others, segment(left_out)), **_smooth_fits(others)}
+    predictions = {"segments": _levels(others, segment(left_out, segments=segments)), **_smooth_fits(others)}
     task_errors = {name: ((shapes - fit) ** 2).sum(axis=1) for name, fit in predictions.items()}
-    c1, c2 = segment(shapes)
     return SegmentationTest(
-        (int(c1), int(c2)),
+        tuple(int(c) for c in segment(shapes, segments=segments)),
         {name: float(e.sum()) for name, e in task_errors.items()},
         task_errors,
         tasks,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from html import escape
-from pathlib import Path
+from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,159 +19,25 @@ from analysis.boundaries import (
     holding_caveats,
     holding_pair,
 )
+from analysis.boundary_choice import MAX_STRATA
+from analysis.placed_strata import on_model, placed_strata
 from analysis.segmentation import SegmentationTest
+from analysis.strata_suggestion import StrataSuggestion
 from probing.curves import LayerCurve
 from spafit.errors import UsageError
 from spafit.presets import scaled_boundaries
-from spafit.runtime import provenance
 from spafit.strata import LoraOptions, StrataConfig
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
+    pass
 
 #: An interval wider than this share of the depth makes the evidence weak.
 WIDEST_INTERVAL = 1 / 3
-SMOOTH_SENTENCE = "The depth profile is smooth: no strata in the evidence, boundaries are a budget choice."
-
-
-@dataclass(frozen=True)
-class StrataSuggestion:
-    """Suggested strata, with the evidence behind each boundary. Untested: nothing was trained.
-
-    Attributes:
-        config: the plan; its provenance repeats what stands here.
-        criterion: what placed the boundaries: ``segmentation``, ``holding``, or ``none`` (SPAFIT's, scaled).
-        evidence: ``strata`` (segments beat the smooth profiles), ``smooth`` (they do not), ``untested`` (the
-            segmentation could not be run), ``weak`` (an interval is too wide), ``none`` (no criterion applies).
-        reason: why, in sentences.
-        segmentation: estimate by segmentation, or None with the reason in ``notes``.
-        holding: estimate by the holding rule, or None with the reason in ``notes``.
-        null_test: leave-one-task-out errors of segments and smooth profiles, where the segmentation was run.
-        notes: why a criterion was not run, which tasks were left out, by criterion.
-        sensitivity: (s1, s2) of the holding rule at other shares q.
-        tasks: names of the tasks used, by level.
-        share: q of the holding rule.
-        basic_levels: the levels that place s1.
-    """
-
-    config: StrataConfig
-    criterion: Literal["segmentation", "holding", "none"]
-    evidence: Literal["strata", "smooth", "untested", "weak", "none"]
-    reason: str
-    segmentation: BoundaryEstimate | None
-    holding: BoundaryEstimate | None
-    null_test: SegmentationTest | None
-    notes: dict[str, str]
-    sensitivity: dict[float, tuple[int, int]]
-    tasks: dict[str, tuple[str, ...]]
-    share: float
-    basic_levels: tuple[str, ...]
-
-    @property
-    def stack(self) -> str:
-        """The stack that the plan is for."""
-        return next(iter(self.config.blocks))
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks L."""
-        return self.config.blocks[self.stack]
-
-    @property
-    def boundaries(self) -> tuple[int, int]:
-        """(s1, s2) of the plan."""
-        return self.config.boundaries(self.stack)
-
-    def explain(self) -> str:
-        """Sentences for a reader: what placed each boundary, the evidence, the alternative, what would change it."""
-        s1, s2 = self.boundaries
-        lines = [self.reason, _in_words(s1, s2, self.num_blocks)]
-        chosen = {"segmentation": self.segmentation, "holding": self.holding}.get(self.criterion)
-        if chosen is not None:
-            lines.append(_placed(chosen, self.share, self.basic_levels))
-        if self.null_test is not None:
-            lines.append(_null_sentence(self.null_test))
-        for name, estimate in (("segmentation", self.segmentation), ("holding", self.holding)):
-            label = _LABELS[name]
-            if estimate is None:
-                lines.append(f"The {label} gave no boundaries: {self.notes[name]}.")
-            elif name != self.criterion:
-                lines.append(f"The {label} would put them at {_pair(estimate)}.")
-        if self.sensitivity:
-            changes = ", ".join(f"({a}, {b}) at q = {q:g}" for q, (a, b) in self.sensitivity.items())
-            lines.append(f"What would change it: the holding rule gives {changes}; it uses q = {self.share:g}.")
-        if self.null_test is not None:
-            other = "a smooth profile predicts" if self.null_test.beats_null else "three segments predict"
-            lines.append(f"What would change it: tasks on which {other} left-out tasks better.")
-        if self.evidence == "weak":
-            lines.append("What would change it: more tasks per level or more test items, which narrow the intervals.")
-        if "tasks" in self.notes:
-            lines.append(self.notes["tasks"])
-        lines.append("Untested: no training run has compared these strata with others.")
-        return "\n".join(lines)
-
-    def to_pandas(self) -> pd.DataFrame:
-        """One row per (criterion, boundary): block, ci_low, ci_high, chosen, probability of that block."""
-        import pandas as pd
-
-        rows = []
-        for estimate in (self.segmentation, self.holding):
-            if estimate is None:
-                continue
-            probability = estimate.probabilities(self.num_blocks)
-            for i, block in enumerate(estimate.boundaries):
-                low, high = estimate.intervals[i]
-                rows.append(
-                    (
-                        estimate.criterion,
-                        f"s{i + 1}",
-                        block,
-                        low,
-                        high,
-                        estimate.criterion == self.criterion,
-                        probability[i, block],
-                    )
-                )
-        columns = ["criterion", "boundary", "block", "ci_low", "ci_high", "chosen", "probability"]
-        return pd.DataFrame(rows, columns=columns)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the plan (YAML, or JSON by suffix), stamped with time and versions. Returns the path."""
-        stamp = provenance()
-        return self.config.with_provenance({k: stamp[k] for k in ("created_at", "versions")}).save(path)
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Share of bootstrap draws that put s1 and s2 at each block; dashed lines mark the plan's boundaries.
-
-        Shows the criterion that placed them (without one, whichever gave an estimate; without any, the lines alone).
-        """
-        from spafit.plotting import MODEL_COLORS, new_figure, style
-
-        shown = self.segmentation if self.criterion == "segmentation" else self.holding or self.segmentation
-        blocks = np.arange(self.num_blocks + 1)
-        with style():
-            if ax is None:
-                ax = new_figure(width=6.0, height=3.0).subplots()
-            for i, (block, color) in enumerate(zip(self.boundaries, MODEL_COLORS[:2], strict=True)):
-                shift = (i - 0.5) * 0.4
-                if shown is not None:
-                    label = f"s{i + 1} ({_LABELS[shown.criterion]})"
-                    shares = shown.probabilities(self.num_blocks)[i]
-                    ax.bar(blocks + shift, shares, width=0.4, color=color, label=label)
-                ax.axvline(block + shift, color=color, linestyle="--", linewidth=1)
-            ax.set(xlabel="first block of the stratum", ylabel="share of bootstrap draws", ylim=(0, 1))
-            ax.set_xticks(blocks[:: max(1, len(blocks) // 13)])
-            if shown is not None:
-                ax.legend(frameon=False)
-        return ax
-
-    def _repr_html_(self) -> str:
-        sentences = "".join(f"<p>{escape(line)}</p>" for line in self.explain().splitlines())
-        return f"{self.config._repr_html_()}{sentences}"
-
-
+#: SPAFIT's methods from the first block up.
+SPAFIT = ("freeze", "bitfit", "lora+bitfit")
 _LABELS = {"segmentation": "segmentation", "holding": "holding rule"}
+_NUMBERS = {2: "Two", 3: "Three", 4: "Four", 5: "Five"}
+SMOOTH_SENTENCE = "The depth profile is smooth: no strata in the evidence, boundaries are a budget choice."
 
 
 def suggest_strata(
@@ -188,8 +53,11 @@ def suggest_strata(
     seed: int = 0,
     adapter_type: Literal["I", "II"] = "I",
     lora: LoraOptions | None = None,
+    strata: Sequence[str] = SPAFIT,
+    budget: int | None = None,
+    count: Callable[[StrataConfig], int] | None = None,
 ) -> StrataSuggestion:
-    """Place SPAFIT's two boundaries from probing evidence alone.
+    """Place the boundaries between strata from probing evidence alone; SPAFIT's two, unless told otherwise.
 
     Two criteria are computed. *Segmentation*: three segments of the tasks' standardised depth profiles (hidden 1…L);
     it places the boundaries when it predicts left-out tasks better than smooth profiles do
@@ -199,6 +67,11 @@ def suggest_strata(
     It leaves out tasks that are never above their control, and the reason names a boundary that one task places.
     Where neither applies, or an interval of the criterion that would decide spans more than a third of the depth,
     ``spafit-scaled`` is written with the reason.
+
+    Two, four or five strata are placed by as many segments where these beat the smooth profiles, and else at equal
+    shares of the depth, with the reason; one has no boundary.
+
+    With a ``budget`` the boundaries move by as few blocks as keep it (of equal ones to fewer parameters).
 
     Intervals: each bootstrap draw resamples the tasks within each level and takes, for each drawn task, one of its
     curve's replicates (items and seeds); percentiles, widened to hold the estimate where resampling moves the whole
@@ -218,7 +91,10 @@ def suggest_strata(
         n_boot: bootstrap draws.
         seed: seed of the bootstrap.
         adapter_type: SPAFIT type I (query, key, value) or II (also the attention's output).
-        lora: rank, alpha, dropout; default rank 64.
+        lora: rank, alpha, dropout; default rank 64. With ``strata`` of your own, write ranks there.
+        strata: one to five methods from the first block up, such as ``("freeze", "bitfit", "lora+bitfit:16")``.
+        budget: most trainable parameters; needs ``count``.
+        count: number of parameters that a plan trains on the model.
 
     Raises:
         UsageError: curves of different hidden states, metrics or with fewer than two replicates, hidden states
@@ -232,7 +108,13 @@ def suggest_strata(
         dropped = ", ".join(c.task for c, ok in zip(curves, usable, strict=True) if not ok)
         notes["tasks"] = f"Left out because their curves are not finite: {dropped}."
     draws = bootstrap_curves(used, n_boot=n_boot, seed=seed)
-    tested = by_segmentation(used, draws, num_blocks=num_blocks)
+    methods = on_model(strata, bias_roles)
+    if not 1 <= len(methods) <= MAX_STRATA:
+        raise UsageError(f"{len(methods)} strata are named; from one to {MAX_STRATA} can be placed.")
+    segments_wanted = len(methods)
+    tested: tuple[SegmentationTest, BoundaryEstimate] | str = "one stratum has no boundary"
+    if segments_wanted > 1:
+        tested = by_segmentation(used, draws, num_blocks=num_blocks, segments=segments_wanted)
     null_test, segments = (None, None) if isinstance(tested, str) else tested
     held = by_holding(used, num_blocks=num_blocks, share=share, basic_levels=basic_levels, n_boot=n_boot, seed=seed)
     holding = None if isinstance(held, str) else held
@@ -244,18 +126,25 @@ def suggest_strata(
 
     evidence: Literal["strata", "smooth", "untested", "weak", "none"]
     reasons = []
+    three = segments_wanted == 3
+    if not three:
+        holding, sensitivity = None, {}
+        notes["holding"] = "it is a rule for three strata"
     estimate = holding
     if null_test is None:
         evidence = "untested" if holding else "none"
         reasons.append(f"Whether depth falls into strata was not tested: {notes['segmentation']}.")
     elif null_test.beats_null:
         evidence, estimate = "strata", segments
-        reasons.append("Three segments predict left-out tasks better than any smooth depth profile.")
+        number = _NUMBERS[segments_wanted]
+        reasons.append(f"{number} segments predict left-out tasks better than any smooth depth profile.")
     else:
         evidence = "smooth" if holding else "none"
         reasons.append(SMOOTH_SENTENCE)
-    fallback = f"spafit-scaled-{adapter_type}"
-    if estimate is None:
+    fallback = f"spafit-scaled-{adapter_type}" if three else "equal shares of the depth"
+    if estimate is None and not three:
+        reasons.append("The boundaries are at equal shares of the depth." if segments_wanted > 1 else "")
+    elif estimate is None:
         reasons.append(f"The holding rule gives no boundaries: {notes['holding']}. {fallback} is written instead.")
     else:
         name, (low, high) = estimate.widest()
@@ -268,26 +157,33 @@ def suggest_strata(
             estimate = None
         elif evidence != "strata":
             reasons += ["The holding rule places them.", *filter(None, [holding_caveats(used, basic_levels)])]
-    boundaries = estimate.boundaries if estimate else scaled_boundaries(num_blocks)
-    if boundaries[0] == num_blocks:
+    if estimate is not None:
+        boundaries = estimate.boundaries
+    elif three:
+        boundaries = scaled_boundaries(num_blocks)
+    else:
+        boundaries = tuple(round(i * num_blocks / segments_wanted) for i in range(1, segments_wanted))
+    if three and boundaries[0] == num_blocks:
         reasons.append("No block is left to train: what the tasks ask for still grows at the last hidden state.")
-    elif boundaries[1] == num_blocks:
+    elif three and boundaries[1] == num_blocks:
         reasons.append("No block is left for the third stratum: the later tasks' bits still grow at the end.")
-    reason = " ".join(reasons)
+    place = _Place(stack, num_blocks, methods, tuple(strata) == SPAFIT, adapter_type, lora, bias_roles, model_id)
+    moved = ""
+    if budget is not None:
+        kept = place.within(boundaries, budget, count)
+        if kept != boundaries:
+            moved = f"Moved from {boundaries} to {kept} to train at most {budget:,} parameters."
+            boundaries = kept
+    reason = " ".join(filter(None, reasons))
     tasks = _by_level(used)
-    config = StrataConfig.from_boundaries(
-        {stack: boundaries},
-        blocks={stack: num_blocks},
-        adapter_type=adapter_type,
-        lora=lora,
-        bias_roles=None if bias_roles is None else {stack: bias_roles},
-        model_id=model_id,
-        provenance={
-            "source": "probing evidence" if estimate else f"preset {fallback}",
-            "criterion": _LABELS[estimate.criterion] if estimate else "none",
+    config = place.plan(
+        boundaries,
+        {
+            "source": "probing evidence" if estimate else f"preset {fallback}" if three else fallback,
+            "criterion": _LABELS[estimate.criterion] if estimate else "none" if three else "equal shares of the depth",
             "tested": False,
             "evidence": evidence,
-            "reason": reason,
+            "reason": f"{reason} {moved}".strip(),
             "intervals": _intervals(estimate) if estimate else None,
             "estimates": {_LABELS[e.criterion]: _record(e) for e in (segments, holding) if e},
             "confidence": CONFIDENCE,
@@ -301,7 +197,7 @@ def suggest_strata(
     )
     return StrataSuggestion(
         config,
-        estimate.criterion if estimate else "none",
+        estimate.criterion if estimate else "none" if three else "even",
         evidence,
         reason,
         segments,
@@ -312,7 +208,65 @@ def suggest_strata(
         tasks,
         share,
         tuple(basic_levels),
+        moved=moved,
     )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What plans at all boundaries share; arguments as in :func:`suggest_strata`."""
+
+    stack: str
+    num_blocks: int
+    methods: tuple[str, ...]
+    spafit: bool
+    adapter_type: Literal["I", "II"]
+    lora: LoraOptions | None
+    bias_roles: Collection[str] | None
+    model_id: str
+
+    def plan(self, boundaries: Sequence[int], provenance: dict[str, Any]) -> StrataConfig:
+        """The plan at these boundaries."""
+        if self.spafit:
+            s1, s2 = boundaries
+            return StrataConfig.from_boundaries(
+                {self.stack: (s1, s2)}, blocks={self.stack: self.num_blocks}, adapter_type=self.adapter_type,
+                lora=self.lora, bias_roles=None if self.bias_roles is None else {self.stack: self.bias_roles},
+                model_id=self.model_id, provenance=provenance,
+            )  # fmt: skip
+        return placed_strata(
+            self.methods, boundaries, stack=self.stack, num_blocks=self.num_blocks, bias_roles=self.bias_roles,
+            adapter_type=self.adapter_type, model_id=self.model_id, provenance=provenance,
+        )  # fmt: skip
+
+    def within(
+        self, boundaries: tuple[int, ...], budget: int, count: Callable[[StrataConfig], int] | None
+    ) -> tuple[int, ...]:
+        """The nearest boundaries that keep the budget.
+
+        Raises:
+            UsageError: nothing to count with, or no placement keeps it (says the smallest that does).
+        """
+        if count is None:
+            raise UsageError("A budget needs the model, to count what a plan trains. Give count.")
+        every = combinations_with_replacement(range(self.num_blocks + 1), len(boundaries))
+        order = sorted(every, key=lambda b: sum(abs(x - y) for x, y in zip(b, boundaries, strict=True)))
+        sizes: dict[tuple[int, ...], int] = {}
+        nearest = None
+        for candidate in order:
+            distance = sum(abs(x - y) for x, y in zip(candidate, boundaries, strict=True))
+            if nearest is not None and distance > nearest:
+                break
+            sizes[candidate] = count(self.plan(candidate, {}))
+            if sizes[candidate] <= budget:
+                nearest = distance
+        fitting = {c: n for c, n in sizes.items() if n <= budget}
+        if not fitting:
+            raise UsageError(
+                f"A budget of {budget:,} parameters is less than the smallest plan of these strata trains: "
+                f"{min(sizes.values()):,}. Give at least that."
+            )
+        return min(fitting, key=lambda c: (fitting[c], c))
 
 
 def _check(curves: Sequence[LayerCurve], num_blocks: int, share: float, n_boot: int) -> None:
@@ -354,45 +308,3 @@ def _intervals(estimate: BoundaryEstimate) -> dict[str, Any]:
 
 def _record(estimate: BoundaryEstimate) -> dict[str, Any]:
     return {"boundaries": estimate.boundaries, "intervals": _intervals(estimate)}
-
-
-def _pair(estimate: BoundaryEstimate) -> str:
-    return " and ".join(
-        f"s{i + 1} = {b} (interval {low} to {high})"
-        for i, (b, (low, high)) in enumerate(zip(estimate.boundaries, estimate.intervals, strict=True))
-    )
-
-
-def _in_words(s1: int, s2: int, num_blocks: int) -> str:
-    parts = [
-        f"blocks {a} to {b - 1} {words}" if b - a > 1 else f"block {a} {words}"
-        for a, b, words in ((0, s1, "frozen"), (s1, s2, "bias-only"), (s2, num_blocks, "low-rank"))
-        if b > a
-    ]
-    return f"Of {num_blocks} blocks: {', '.join(parts)}."
-
-
-def _placed(estimate: BoundaryEstimate, share: float, basic_levels: tuple[str, ...]) -> str:
-    s1, s2 = estimate.boundaries
-    if estimate.criterion == "segmentation":
-        return f"The segmentation puts the steps of the depth profile at {_pair(estimate)}."
-    held = f"hold {share:.0%} of their largest bits"
-    second = f"s2 = {s2} because the other tasks do so at hidden {s2}"
-    if s2 == s1:
-        second = f"s2 = {s2} because the other tasks do so no later"
-    (low1, high1), (low2, high2) = estimate.intervals
-    return (
-        f"By the holding rule, s1 = {s1} (interval {low1} to {high1}) because the basic tasks "
-        f"({', '.join(basic_levels)}) {held} at hidden {s1}, and {second} (interval {low2} to {high2})."
-    )
-
-
-def _null_sentence(test: SegmentationTest) -> str:
-    few = " With so few blocks, steps that differ between tasks are missed about half of the time."
-    total = test.n_tasks * test.num_blocks
-    smooth = test.best_smooth
-    return (
-        f"Leave-one-task-out error on {test.n_tasks} tasks (of {total} for no prediction): three segments "
-        f"{test.errors['segments']:.1f}, best smooth profile ({smooth}) {test.errors[smooth]:.1f}."
-        + (few if test.num_blocks < 12 and not test.beats_null else "")
-    )

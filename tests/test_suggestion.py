@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from analysis.holding import held_from
-from analysis.suggestion import SMOOTH_SENTENCE, StrataSuggestion, suggest_strata
+from analysis.strata_suggestion import StrataSuggestion
+from analysis.suggestion import SMOOTH_SENTENCE, suggest_strata
 from probing.curves import LayerCurve
 from spafit.errors import UsageError
 from spafit.strata import LoraOptions, StrataConfig
