@@ -84,6 +84,11 @@ class Pilot:
         """The table."""
         return self.table
 
+    def relative_gradients(self) -> np.ndarray:
+        """Norm of each block's gradient as a share of its weights', the mean over seeds, shape (L,)."""
+        rows = self.table[self.table["quantity"] == "relative_gradient"]
+        return rows.groupby("block")["value"].mean().to_numpy(float)
+
 
 def run_pilot(
     model: str | None,

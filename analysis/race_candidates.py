@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from analysis.placed_strata import AdapterType, placed_strata
 from spafit.derived_plans import count_only_plan, lora_matched_plan, random_plan, reversed_plan
 from spafit.errors import ConfigError, UsageError
 from spafit.strata import StrataConfig, Stratum
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from analysis.strata_suggestion import StrataSuggestion
 
 Role = Literal["suggestion", "baseline"]
 
@@ -37,6 +40,42 @@ class Candidate:
     learning_rates: tuple[float, ...] = ()
     remedies: tuple[str, ...] = ()
     protected: bool = False
+
+
+def suggested_candidates(
+    suggestion: StrataSuggestion,
+    *,
+    n: int = 4,
+    bias_roles: Collection[str] | None = None,
+    adapter_type: AdapterType = "I",
+    probing: StrataSuggestion | None = None,
+) -> list[Candidate]:
+    """The suggestion and further placements of its short list, and what probing alone suggests where that differs.
+
+    Args:
+        suggestion: from a pilot.
+        n: placements of the pilot, the suggestion included.
+        bias_roles: roles whose sub-layers have a bias; None means all.
+        adapter_type: SPAFIT's type.
+        probing: a suggestion for the same stack; only one that a criterion placed takes part.
+    """
+    choice = suggestion.choice
+    if choice is None:
+        return [Candidate(f"suggested {suggestion.boundaries}", suggestion.config, "suggestion")]
+    found = []
+    for boundaries in choice.short_list(n):
+        placed = placed_strata(
+            choice.strata, boundaries, stack=suggestion.stack, num_blocks=suggestion.num_blocks,
+            bias_roles=bias_roles, adapter_type=adapter_type, model_id=suggestion.config.model_id,
+            provenance={"source": f"pilot {boundaries}", "criterion": "short list of the pilot", "tested": False},
+        )  # fmt: skip
+        plan = replace(placed, outside=suggestion.config.outside)
+        found.append(Candidate(f"pilot {boundaries}", plan, "suggestion"))
+    if probing is not None and probing.criterion in ("segmentation", "holding"):
+        plan = replace(probing.config, outside=suggestion.config.outside)
+        if all(_essence(plan) != _essence(c.plan) for c in found):
+            found.append(Candidate(f"probing {probing.boundaries}", plan, "suggestion"))
+    return found
 
 
 def standard_baselines(

@@ -244,9 +244,9 @@ def _alternative(choice: BoundaryChoice, pair: tuple[int, ...]) -> str:
 
 
 def _placed(estimate: BoundaryEstimate, share: float, basic_levels: tuple[str, ...]) -> str:
-    s1, s2 = estimate.boundaries
     if estimate.criterion == "segmentation":
         return f"The segmentation puts the steps of the depth profile at {_pair(estimate)}."
+    s1, s2 = estimate.boundaries
     held = f"hold {share:.0%} of their largest bits"
     second = f"s2 = {s2} because the other tasks do so at hidden {s2}"
     if s2 == s1:

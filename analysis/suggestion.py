@@ -141,7 +141,8 @@ def suggest_strata(
     else:
         evidence = "smooth" if holding else "none"
         reasons.append(SMOOTH_SENTENCE)
-    fallback = f"spafit-scaled-{adapter_type}" if three else "equal shares of the depth"
+    fallback = f"spafit-scaled-{adapter_type}"
+    other = "one method for all blocks" if segments_wanted == 1 else "equal shares of the depth"
     if estimate is None and not three:
         reasons.append("The boundaries are at equal shares of the depth." if segments_wanted > 1 else "")
     elif estimate is None:
@@ -179,8 +180,8 @@ def suggest_strata(
     config = place.plan(
         boundaries,
         {
-            "source": "probing evidence" if estimate else f"preset {fallback}" if three else fallback,
-            "criterion": _LABELS[estimate.criterion] if estimate else "none" if three else "equal shares of the depth",
+            "source": "probing evidence" if estimate else f"preset {fallback}" if three else other,
+            "criterion": _LABELS[estimate.criterion] if estimate else "none" if three else other,
             "tested": False,
             "evidence": evidence,
             "reason": f"{reason} {moved}".strip(),

@@ -22,6 +22,8 @@ from analysis.cli.probe import EXAMPLES, probe
 from analysis.cli.report import report
 from analysis.cli.sensitivity import EXAMPLES as SENSITIVITY_EXAMPLES
 from analysis.cli.sensitivity import sensitivity
+from analysis.cli.suggest import EXAMPLES as SUGGEST_EXAMPLES
+from analysis.cli.suggest import suggest
 from analysis.cli.summarize import summarize
 from analysis.cli.tasks import tasks_app
 from analysis.cli.tradeoff import EXAMPLES as TRADEOFF_EXAMPLES
@@ -46,6 +48,7 @@ app.command("merge")(merge)
 app.command("glue", epilog=GLUE_EXAMPLES)(glue)
 app.command("compare", epilog=COMPARE_EXAMPLES)(compare)
 app.command("localize", epilog=LOCALIZE_EXAMPLES)(localize)
+app.command("suggest", epilog=SUGGEST_EXAMPLES)(suggest)
 app.command("tradeoff", epilog=TRADEOFF_EXAMPLES)(tradeoff)
 app.command("sensitivity", epilog=SENSITIVITY_EXAMPLES)(sensitivity)
 app.command("breakdown", epilog=BREAKDOWN_EXAMPLES)(breakdown)
