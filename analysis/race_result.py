@@ -22,6 +22,7 @@ TRIAL_COLUMNS = (
 )  # fmt: skip
 COMPARISON_COLUMNS = (
     "suggestion", "baseline", "difference", "ci_low", "ci_high", "suggestion_score", "baseline_score", "seeds", "items",
+    "keeps_tolerance",
 )  # fmt: skip
 Verdict = Literal["yes", "no", "within noise", "untested"]
 

@@ -305,6 +305,7 @@ def _pilot_and_race(
     result = run_race(
         candidates, data, model=reference, out=out / "race", settings=TrainSettings(epochs=racing["epochs"], **loop),
         seeds=range(racing["seeds"]), confirm_seeds=confirm, abilities=kept,
+        tolerance=most,
         time_budget=None if racing["minutes"] is None else 60 * racing["minutes"], **shared,
     )  # fmt: skip
     return suggestion, result
