@@ -53,6 +53,58 @@ class Parameter:
         return self.when is None or values.get(self.when[0]) in self.when[1]
 
 
+def check_parameters(parameters: Sequence[Parameter]) -> None:
+    """Refuse a space in which a name comes twice, or a condition looks at something that is not decided before.
+
+    Raises:
+        UsageError: names the parameter.
+    """
+    earlier: dict[str, Parameter] = {}
+    for parameter in parameters:
+        if parameter.name in earlier:
+            raise UsageError(
+                f"Parameter {parameter.name!r} comes twice in the space. Give every parameter its own name."
+            )
+        if parameter.when is not None:
+            parent = earlier.get(parameter.when[0])
+            if parent is None or parent.kind == "real":
+                raise UsageError(
+                    f"Parameter {parameter.name!r} depends on {parameter.when[0]!r}. "
+                    "Let it depend on a categorical or integer parameter that comes before it."
+                )
+        earlier[parameter.name] = parameter
+
+
+def active_values(parameters: Sequence[Parameter], values: Values) -> dict[str, Any]:
+    """Values of the active parameters in the order of the space; those of inactive ones are dropped.
+
+    Raises:
+        UsageError: a name that is no parameter, an active parameter without a value, or a value outside its range.
+    """
+    unknown = sorted(set(values) - {p.name for p in parameters})
+    if unknown:
+        raise UsageError(
+            f"A configuration gives {unknown[0]!r}, which is no parameter of the space. "
+            f"Use {', '.join(p.name for p in parameters)}."
+        )
+    active: dict[str, Any] = {}
+    for parameter in parameters:
+        if not parameter.is_active(active):
+            continue
+        if parameter.name not in values:
+            raise UsageError(f"A configuration gives no value for {parameter.name!r}. Give one beside {dict(values)}.")
+        value = values[parameter.name]
+        if parameter.kind == "categorical":
+            inside, allowed = value in parameter.choices, f"one of {', '.join(map(repr, parameter.choices))}"
+        else:
+            inside, allowed = parameter.low <= value <= parameter.high, f"{parameter.low} to {parameter.high}"
+            inside = inside and (parameter.kind == "real" or value == int(value))
+        if not inside:
+            raise UsageError(f"A configuration gives {value!r} for {parameter.name!r}. Give {allowed}.")
+        active[parameter.name] = value
+    return active
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What evaluating one configuration gave.
@@ -71,6 +123,26 @@ class Outcome:
     def feasible(self) -> bool:
         """Whether every limit is kept."""
         return all(v <= 0 for v in self.constraints.values())
+
+    def single_value(self, objective: str) -> float | None:
+        """The one number that a library without constraints maximises; None where the objective is not finite.
+
+        The objective itself where every limit is kept. Otherwise −10¹² · (1 + e / (1 + e)) with e the sum of the
+        positive excesses: finite, below every feasible value, and higher the nearer the limits are. What the
+        infeasible configuration scores plays no part in it.
+
+        Raises:
+            UsageError: the outcome has no such objective.
+        """
+        if objective not in self.objectives:
+            raise UsageError(
+                f"The objective gave no {objective!r}. It gives {', '.join(map(repr, self.objectives)) or 'nothing'}."
+            )
+        value = float(self.objectives[objective])
+        if self.feasible:
+            return value if math.isfinite(value) else None
+        inverse = 1 / (1 + sum(v for v in self.constraints.values() if not v <= 0))
+        return -1e12 * (2 - (0.0 if math.isnan(inverse) else inverse))
 
 
 class Pruned(Exception):
