@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +80,9 @@ def run_ray(
     check_parameters(parameters)
     queued = [active_values(parameters, values) for values in first]
     listed = grid_configurations(parameters) if strategy == "grid" else []
+    if strategy == "tpe":
+        _import_optuna()  # before its logger's level is noted
     with quiet_tune(seed=seed) as tune:
-        if strategy == "tpe":
-            _import_optuna()
         state = Path(folder).absolute() / "ray"
         done = _finished(state, parameters, objectives[0])
         known = [record["coordinates"] for record in done]
@@ -166,7 +167,8 @@ def _draw(parameter: Parameter, draws: np.random.Generator) -> Any:
 
 def _import_optuna() -> Any:
     try:
-        import optuna
+        with warnings.catch_warnings():
+            import optuna
     except ImportError as error:
         raise UsageError('The strategy tpe of Ray needs Optuna. Install it with pip install "spafit[ray]".') from error
     return optuna

@@ -76,7 +76,8 @@ def run_pbt(
     Args:
         parameters: real ones without conditions.
         step: trains one interval; runs in other processes, so it must be picklable (as by ``cloudpickle``).
-        folder: gets ``pbt.json`` with every step, and ``best`` with the best final state; must hold neither.
+        folder: gets ``pbt.json`` with every step, and ``best`` with the best final state; must hold neither. The
+            states of all members after all intervals lie in it until the end; a run that is interrupted starts anew.
         population: number of members, at least 4.
         intervals: that each member trains.
         first: values of the first members; the others' are drawn.
@@ -127,7 +128,7 @@ def run_pbt(
                 run_config=tune.RunConfig(
                     name="tune", storage_path=str(out), verbose=0, callbacks=[watch],
                     stop={"training_iteration": intervals},
-                    checkpoint_config=tune.CheckpointConfig(num_to_keep=3, checkpoint_at_end=True),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=True),
                 ),
             ).fit()  # fmt: skip
             if results.errors:
