@@ -229,9 +229,9 @@ def _trainable(
     evaluate: Evaluate, parameters: Sequence[Parameter], state: Path, objective: str, *, prune: bool
 ) -> type[Any]:
     """Tune's trial of one configuration. Local, so that it travels to the workers with what it holds."""
-    tune = import_tune()
+    from ray.tune import Trainable
 
-    class Trial(tune.Trainable):
+    class Trial(Trainable):
         """Evaluates in a thread, so that a report can wait for Tune's decision and end the evaluation in order."""
 
         def setup(self, config: dict[str, Any]) -> None:

@@ -127,7 +127,7 @@ def run_pbt(
                 ),
                 run_config=tune.RunConfig(
                     name="tune", storage_path=str(out), verbose=0, callbacks=[watch],
-                    stop={"training_iteration": intervals},
+                    stop={"training_iteration": intervals}, failure_config=tune.FailureConfig(fail_fast=True),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=True),
                 ),
             ).fit()  # fmt: skip
@@ -158,9 +158,9 @@ def _inside(parameters: Sequence[Parameter], config: dict[str, Any]) -> dict[str
 
 def _trainable(step: Step) -> type[Any]:
     """Tune's trial of one member: its state is a folder that is copied into and out of Tune's checkpoints."""
-    tune = import_tune()
+    from ray.tune import Trainable
 
-    class Member(tune.Trainable):
+    class Member(Trainable):
         def setup(self, config: dict[str, Any]) -> None:
             self.folder = Path(tempfile.mkdtemp(prefix="spafit-member-"))
             self.reset_config(config)
