@@ -166,17 +166,18 @@ class Span:
 
     def __call__(self, values: Mapping[str, Any], report: Report) -> Outcome:
         begin = time.time()
-        time.sleep(0.4)
+        time.sleep(0.5)
         with self.path.open("a") as f:
             f.write(json.dumps([begin, time.time()]) + "\n")
         return Outcome({"quality": values["x"]})
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_as_many_trials_at_a_time_as_workers(workers: int, tmp_path: Path, ray_on: None):
+@pytest.mark.parametrize(("workers", "n_trials"), [(1, 3), (2, 10)])
+def test_as_many_trials_at_a_time_as_workers(workers: int, n_trials: int, tmp_path: Path, ray_on: None):
+    """With two workers there are enough trials for the second process to start."""
     record = tmp_path / "record.jsonl"
     space = [Parameter("x", "real")]
-    run_ray(space, Span(record), strategy="random", n_trials=5, folder=str(tmp_path), workers=workers)
+    run_ray(space, Span(record), strategy="random", n_trials=n_trials, folder=str(tmp_path), workers=workers)
     spans = [json.loads(line) for line in record.read_text().splitlines()]
     assert max(sum(b <= begin < e for b, e in spans) for begin, _ in spans) == workers
 
