@@ -50,7 +50,9 @@ Reader = Callable[[], Mapping[str, Ability]]
 class Abilities(Protocol):
     """What is read; :meth:`reader` lays out one model, whose weights may change between readings."""
 
-    unit: Unit
+    @property
+    def unit(self) -> Unit:
+        """What the values are in."""
 
     def reader(self, loaded: LoadedModel) -> Reader:
         """A reader of one model. It must be called first with the weights from before training."""
@@ -200,7 +202,7 @@ class LanguageAbilities:
             raise UsageError("Give running text or minimal pairs: what was forgotten is measured in one unit.")
 
     @property
-    def unit(self) -> Unit:  # type: ignore[override]
+    def unit(self) -> Unit:
         """Bits of running text, points of minimal pairs."""
         return "bits" if self.pairs is None else "points"
 

@@ -86,7 +86,7 @@ def plot_race(result: RaceResult, *, ax: Axes | None = None) -> Axes:
             )
             return ax
         table = result.to_pandas().dropna(axis=1, how="all")
-        stage = [c for c in table if c.startswith("rung-")][-1]
+        stage = [c for c in map(str, table) if c.startswith("rung-")][-1]
         rows = table.dropna(subset=[stage])
         if ax is None:
             ax = plotting.new_figure(width=6.0, height=1.2 + 0.3 * len(rows)).subplots()

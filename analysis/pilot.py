@@ -210,9 +210,8 @@ def run_pilot(
         "seeds": list(seeds), "batches": batches, "settings": settings.to_dict(),
         "outside_parameters": count_trainable(headed.model, nothing), **provenance(),
     }  # fmt: skip
-    pilot = Pilot(folder, run, table)
-    pilot.save(folder)
-    return pilot
+    Pilot(folder, run, table).save(folder)
+    return Pilot.load(folder)
 
 
 def _check(methods: Sequence[str], seeds: Sequence[int], batches: int) -> None:

@@ -49,7 +49,7 @@ class RaceResult:
     @property
     def verdict(self) -> Verdict:
         """Whether the suggestion beats the baselines."""
-        return self.run["verdict"]  # type: ignore[no-any-return]
+        return self.run["verdict"]
 
     @property
     def sentence(self) -> str:
@@ -108,7 +108,7 @@ class RaceResult:
     def to_markdown(self) -> str:
         """The table of all candidates, and below it the confirmed differences."""
         table = self.to_pandas()
-        stages = [c for c in table if c.startswith("rung-") or c == "confirmation"]
+        stages = [c for c in map(str, table) if c.startswith("rung-") or c == "confirmation"]
         more = [c for c in ("forgetting",) if c in table]
         head = ["plan", "s1, s2", "trained", "rate", *stages, *more]
         lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -142,4 +142,4 @@ class RaceResult:
         return plot_race(self, ax=ax)
 
     def _repr_html_(self) -> str:
-        return self.to_pandas().to_html(index=False, float_format="%.3f") + f"<p>{escape(self.sentence)}</p>"
+        return self.to_pandas().to_html(index=False, float_format="{:.3f}".format) + f"<p>{escape(self.sentence)}</p>"

@@ -90,7 +90,7 @@ def sentence_of(
     if len(over) == len(comparison):
         return f"Suggestion beats the baselines: yes. {suggestion} alone keeps the tolerance.{beyond}"
     rivals = comparison[comparison["keeps_tolerance"].astype(bool)]
-    row = rivals.loc[rivals["baseline_score"].idxmax()]
+    row = rivals.iloc[int(rivals["baseline_score"].to_numpy().argmax())]
     return (
         f"Suggestion beats the baselines: {verdict}. {suggestion} less the best of them, {row['baseline']}: "
         f"{row['difference']:+.3f} ({row['ci_low']:+.3f} to {row['ci_high']:+.3f}), {row['seeds']} fresh seeds, "

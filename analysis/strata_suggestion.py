@@ -224,7 +224,7 @@ def choice_sentences(choice: BoundaryChoice) -> list[str]:
         lines.append("Alternatives: " + "; ".join(_alternative(choice, p) for p in others) + ".")
     safer = table[table["feasible"] & (table["forgetting"] <= max(0.0, float(row["forgetting"])) / 2)]
     if row["forgetting"] > 0 and len(safer):
-        best = int(safer["gain"].idxmax())
+        best = int(safer.index.to_numpy()[safer["gain"].to_numpy().argmax()])
         lines.append(
             f"What would change it: to forget at most half as much, {_at(choice, best)}, with "
             f"{table['gain'].iloc[best]:.0%} of the gain."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -67,7 +67,7 @@ def suggest(
         str | None,
         _option(_LIMITS, "--tolerance", help="Most forgetting: 0.05bits, 1point (BLiMP), 0.5perplexity."),
     ] = None,
-    adapter_type: Annotated[str, _option(_LIMITS, "--type", help="SPAFIT's type: I or II.")] = "I",
+    adapter_type: Annotated[Literal["I", "II"], _option(_LIMITS, "--type", help="SPAFIT's type.")] = "I",
     holding: Annotated[
         float, _option(_EVIDENCE, "--holding", help="Share q of the holding rule, from probing alone.")
     ] = 0.95,
@@ -134,8 +134,7 @@ def suggest(
     from spafit import io
     from spafit.errors import UsageError
 
-    if adapter_type not in ("I", "II"):
-        raise UsageError(f"--type {adapter_type!r} is not known. Allowed: I, II.")
+    limit = None if budget is None else _read_budget(budget)
     methods = tuple(m.strip() for m in strata.split(",") if m.strip())
     has_data = task is not None or train_file is not None
     if not runs and not has_data:
@@ -160,8 +159,8 @@ def suggest(
     probed: dict[str, StrataSuggestion] = {}
     if loaded:
         counted = None
-        if budget is not None and given_data is None:
-            counted = _counter(reference, budget, revision=revision, offline=offline)
+        if limit is not None and given_data is None:
+            counted = _counter(reference, limit, revision=revision, offline=offline)
         probed = suggest_from_runs(
             loaded, strata=methods, share=holding, basic_levels=tuple(b.strip() for b in basic.split(",")),
             adapter_type=adapter_type, seed=seed, budget=None if counted is None else counted[0],
@@ -173,7 +172,7 @@ def suggest(
         kept = _abilities(reference, keep, keep_text, keep_blimp, keep_items, offline=offline,
                           allow_pickle=allow_pickle)  # fmt: skip
         suggestion, result = _pilot_and_race(
-            reference, given_data, kept, probed, methods=methods, budget=budget, tolerance=tolerance,
+            reference, given_data, kept, probed, methods=methods, budget=limit, tolerance=tolerance,
             adapter_type=adapter_type, out=out, pilot={"epochs": pilot_epochs, "seeds": pilot_seeds}, race=race,
             racing={"epochs": epochs, "minutes": minutes, "seeds": race_seeds, "confirm": confirm_seeds,
                     "short_list": short_list},
@@ -205,7 +204,9 @@ def suggest(
     typer.echo("Written:\n" + "\n".join(f"  {p}" for p in written))
 
 
-def _counter(reference: str | None, budget: str, *, revision: str | None, offline: bool) -> tuple[int, Any]:
+def _counter(
+    reference: str | None, budget: tuple[float, bool], *, revision: str | None, offline: bool
+) -> tuple[int, Any]:
     """The budget as a number, and what counts a plan's parameters, from the configuration alone."""
     from spafit.adapt import count_trainable, with_missing_pooler
     from spafit.heads import build_without_weights
@@ -214,20 +215,24 @@ def _counter(reference: str | None, budget: str, *, revision: str | None, offlin
     return _budget(budget, empty), lambda plan: count_trainable(empty, with_missing_pooler(empty, plan, ()))
 
 
-def _budget(text: str, model: Any) -> int:
-    """A number of parameters, or a share of the model's."""
+def _read_budget(text: str) -> tuple[float, bool]:
+    """A number of parameters, or a share of the model's and that it is one."""
     from spafit.errors import UsageError
 
     digits = text.replace(",", "").replace("_", "").strip()
+    share = digits.endswith("%")
     try:
-        if digits.endswith("%"):
-            return int(float(digits[:-1]) / 100 * sum(p.numel() for p in model.parameters()))
-        value = float(digits)
+        value = float(digits.removesuffix("%"))
     except ValueError:
         raise UsageError(f"--budget {text!r} is neither a number of parameters nor a share such as 2%.") from None
-    if value < 1:
+    if not value > 0 or (value < 1 and not share):
         raise UsageError(f"--budget {text!r}: write a number of parameters, or a share with a per cent sign (2%).")
-    return int(value)
+    return (value / 100, True) if share else (value, False)
+
+
+def _budget(limit: tuple[float, bool], model: Any) -> int:
+    value, share = limit
+    return int(value * sum(p.numel() for p in model.parameters()) if share else value)
 
 
 def _abilities(
@@ -256,7 +261,7 @@ def _abilities(
 
 def _pilot_and_race(
     reference: str | None, data: TrainData, kept: Abilities, probed: dict[str, StrataSuggestion], *,
-    methods: tuple[str, ...], budget: str | None, tolerance: str | None, adapter_type: Any, out: Path,
+    methods: tuple[str, ...], budget: tuple[float, bool] | None, tolerance: str | None, adapter_type: Any, out: Path,
     pilot: dict[str, Any], race: bool, racing: dict[str, Any], loop: dict[str, Any], seed: int, device: str,
     quiet: bool, found: dict[str, Any],
 ) -> tuple[StrataSuggestion, RaceResult | None]:  # fmt: skip

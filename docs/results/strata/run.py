@@ -14,8 +14,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import pandas as pd
-
 HERE = Path(__file__).parent
 ITEMS = 1500
 SEEDS, CONFIRM = (0,), (100, 101, 102, 103, 104)
