@@ -20,6 +20,8 @@ from analysis.cli.localize import EXAMPLES as LOCALIZE_EXAMPLES
 from analysis.cli.localize import localize
 from analysis.cli.probe import EXAMPLES, probe
 from analysis.cli.report import report
+from analysis.cli.search import EXAMPLES as SEARCH_EXAMPLES
+from analysis.cli.search import search
 from analysis.cli.sensitivity import EXAMPLES as SENSITIVITY_EXAMPLES
 from analysis.cli.sensitivity import sensitivity
 from analysis.cli.suggest import EXAMPLES as SUGGEST_EXAMPLES
@@ -49,6 +51,7 @@ app.command("glue", epilog=GLUE_EXAMPLES)(glue)
 app.command("compare", epilog=COMPARE_EXAMPLES)(compare)
 app.command("localize", epilog=LOCALIZE_EXAMPLES)(localize)
 app.command("suggest", epilog=SUGGEST_EXAMPLES)(suggest)
+app.command("search", epilog=SEARCH_EXAMPLES)(search)
 app.command("tradeoff", epilog=TRADEOFF_EXAMPLES)(tradeoff)
 app.command("sensitivity", epilog=SENSITIVITY_EXAMPLES)(sensitivity)
 app.command("breakdown", epilog=BREAKDOWN_EXAMPLES)(breakdown)

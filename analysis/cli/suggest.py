@@ -134,7 +134,7 @@ def suggest(
     from spafit import io
     from spafit.errors import UsageError
 
-    limit = None if budget is None else _read_budget(budget)
+    limit = None if budget is None else read_budget(budget, "--budget")
     methods = tuple(m.strip() for m in strata.split(",") if m.strip())
     has_data = task is not None or train_file is not None
     if not runs and not has_data:
@@ -215,7 +215,7 @@ def _counter(
     return _budget(budget, empty), lambda plan: count_trainable(empty, with_missing_pooler(empty, plan, ()))
 
 
-def _read_budget(text: str) -> tuple[float, bool]:
+def read_budget(text: str, option: str) -> tuple[float, bool]:
     """A number of parameters, or a share of the model's and that it is one."""
     from spafit.errors import UsageError
 
@@ -224,9 +224,9 @@ def _read_budget(text: str) -> tuple[float, bool]:
     try:
         value = float(digits.removesuffix("%"))
     except ValueError:
-        raise UsageError(f"--budget {text!r} is neither a number of parameters nor a share such as 2%.") from None
+        raise UsageError(f"{option} {text!r} is neither a number of parameters nor a share such as 2%.") from None
     if not value > 0 or (value < 1 and not share):
-        raise UsageError(f"--budget {text!r}: write a number of parameters, or a share with a per cent sign (2%).")
+        raise UsageError(f"{option} {text!r}: write a number of parameters, or a share with a per cent sign (2%).")
     return (value / 100, True) if share else (value, False)
 
 
