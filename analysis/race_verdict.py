@@ -94,5 +94,5 @@ def sentence_of(
     return (
         f"Suggestion beats the baselines: {verdict}. {suggestion} less the best of them, {row['baseline']}: "
         f"{row['difference']:+.3f} ({row['ci_low']:+.3f} to {row['ci_high']:+.3f}), {row['seeds']} fresh seeds, "
-        f"{row['items']} items that chose nothing.{beyond}"
+        f"{row['items']} items that chose nothing.{beyond}{' ' + missing if missing else ''}"
     )

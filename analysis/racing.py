@@ -160,11 +160,14 @@ def race(
         missing = f"The time budget of {time_budget:.0f} s ends before the race does; the same command goes on."
     trials = pd.DataFrame(rows, columns=list(TRIAL_COLUMNS))
     suggestion = next((e.candidate.name for e in final if e.candidate.role == "suggestion"), None)
-    complete = len(confirmed) == len(final) and all(len(s) == len(confirm_seeds) for s in confirmed.values())
+    # Where time ended the race, the seeds that every finalist has finished still compare them, from two on.
+    done = [s for s in confirm_seeds if final and all(s in confirmed.get(e.candidate.name, {}) for e in final)]
+    complete = len(done) == len(confirm_seeds)
+    confirmed = {n: {s: by[s] for s in done} for n, by in confirmed.items()}
     comparison = pd.DataFrame(columns=list(COMPARISON_COLUMNS))
     verdict: Verdict = "untested"
     keeps = True
-    if suggestion is not None and complete and confirmed:
+    if suggestion is not None and (complete or len(done) > 1):
         beyond = _beyond(forgotten, tolerance)
         keeps = suggestion not in beyond
         comparison = compare_confirmed(suggestion, confirmed, data.metrics, beyond=beyond, n_boot=n_boot)
@@ -179,7 +182,7 @@ def race(
         "rungs": [{"entries": n, "epochs": e} for n, e in plan], "announced": announced,
         "spent": {"seconds": runner.clock.spent, "passes": runner.clock.passes,
                   "share_of_all": runner.clock.passes / announced["passes_of_all"]},
-        "suggestion": suggestion, "verdict": verdict, "complete": complete and bool(confirmed),
+        "suggestion": suggestion, "verdict": verdict, "complete": complete, "confirmed_seeds": done,
         "tolerance": tolerance,
         "sentence": sentence_of(verdict, suggestion, comparison, missing, suggestion_keeps=keeps), **provenance(),
     }  # fmt: skip

@@ -238,13 +238,24 @@ def _first(space: SearchSpace, plans: list[Any], biases: dict[str, Any]) -> list
 
     found = [space.encode(plan) for plan in plans]
     for name in ("spafit-scaled-I", "spafit-scaled-II"):
+        plan = StrataConfig.preset(name, blocks=dict(space.blocks), bias_roles=biases)
         try:
-            values = space.encode(StrataConfig.preset(name, blocks=dict(space.blocks), bias_roles=biases))
-        except UsageError:  # ranks or types that the space does not have
+            values = space.encode(_at_rank(plan, max(space.ranks)))
+        except UsageError:  # methods or types that the space does not have
             continue
         if values not in found:
             found.append(values)
     return found
+
+
+def _at_rank(plan: Any, rank: int) -> Any:
+    """The plan with the space's largest rank in place of the paper's 64, at the same scale."""
+    from spafit.stratum import LoraOptions
+
+    strata = tuple(
+        s if s.lora is None else replace(s, lora=LoraOptions(rank, targets=s.lora.targets)) for s in plan.strata
+    )
+    return replace(plan, strata=strata)
 
 
 def _command() -> str:

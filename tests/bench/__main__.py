@@ -16,6 +16,7 @@ NAMES = (
     "mixing",
     "codes",
     "structural",
+    "strata",
 )
 
 if __name__ == "__main__":
