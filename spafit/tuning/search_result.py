@@ -95,7 +95,10 @@ class SearchResult:
                 if self.space is not None:
                     plan = StrataConfig.from_dict(r.outcome.details["plan"])
                     row |= {
-                        "strata": "; ".join(f"{s.stack}[{s.blocks[0]},{s.blocks[1]}) {s.method}" for s in plan.strata)
+                        "strata": "; ".join(
+                            f"{s.stack}[{s.blocks[0]},{s.blocks[1]}) {s.method}" + (f":{s.lora.rank}" if s.lora else "")
+                            for s in plan.strata
+                        )
                     }
             rows.append(row | dict(r.values) | {"seconds": r.seconds, "error": r.error})
         return pd.DataFrame(rows)
