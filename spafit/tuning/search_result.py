@@ -123,7 +123,7 @@ class SearchResult:
         x = np.array([[_coordinate(p, r.values.get(p.name)) for p in self.parameters] for r in used])
         forest = RandomForestRegressor(200, min_samples_leaf=2, random_state=0).fit(x, y)
         random = np.random.default_rng(0)
-        draws = x[random.integers(len(x), size=(128, x.shape[1])), np.arange(x.shape[1])]
+        draws = x[random.integers(len(x), size=(1000, x.shape[1])), np.arange(x.shape[1])]
         total = forest.predict(draws).var()
         shares = {}
         for i, parameter in enumerate(self.parameters):
@@ -166,9 +166,8 @@ class SearchResult:
             good = table[table["feasible"] == True].sort_values(name, ascending=False).head(n)  # noqa: E712
             shown = [c for c in (name, "strata", *(p.name for p in self.parameters)) if c in good]
             if "strata" in shown:
-                shown = [
-                    c for c in shown if not c.endswith(("groups", "s1")) and "fraction" not in c and "method" not in c
-                ]
+                said = ("groups", "s1", "fraction", "method", "rank")  # by the strata already
+                shown = [c for c in shown if not any(c.rpartition(".")[2].startswith(w) for w in said)]
             lines += ["", "| trial | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
             for row in good.to_dict("records"):
                 cells = ["" if v is None or v != v else f"{v:.4g}" if isinstance(v, float) else str(v) for v in
