@@ -192,9 +192,7 @@ def judge_interventions(
     in_ranges = np.stack([shares.shares[:, a:b].sum(axis=1) for a, b in shares.ranges], axis=1)
     tests, adjusted = dissociations(in_ranges, shares.ranks, alpha=claim.alpha, delta=claim.delta)
     spread = float(np.mean([pooled_spread([in_ranges[shares.ranks == k, c] for k in range(n)]) for c in range(n)]))
-    power = share_powers(
-        counts, shares.ranges, depth, gap=claim.delta, sd=spread, alpha=claim.alpha, delta=claim.delta
-    )
+    power = share_powers(counts, shares.ranges, depth, gap=claim.delta, sd=spread, alpha=claim.alpha, delta=claim.delta)
     worst = min(ranges, key=lambda r: r.difference.value)
     said = []
     for name, (start, stop), r in zip(names, shares.ranges, ranges, strict=True):

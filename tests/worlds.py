@@ -32,7 +32,7 @@ class World:
     Attributes:
         levels: level of each task.
         truth: bits above the control, without noise, shape (tasks, hidden).
-        boundaries: first blocks of the second and third type, where they are planted.
+        boundaries: (s1, s2) that tell the types apart, where whole blocks do.
     """
 
     levels: tuple[str, ...]
@@ -109,14 +109,16 @@ def planted(
         random: generator.
         step: layers between successive types.
         sd: standard deviation of a type's tasks, in layers.
-        first: depth of the first type; by default all of them lie around mid-depth. With .5 the first block writes
-            it, and ``boundaries`` are where the others begin.
+        first: depth of the first type; by default all of them lie around mid-depth, and ``boundaries`` are half-way
+            between types where that is a whole block. With .5 the first block writes the first type, and
+            ``boundaries`` are where the others begin.
     """
     start = num_blocks / 2 - step if first is None else first
     at = start + step * np.repeat(np.arange(3), counts) + sd * random.standard_normal(sum(counts))
     truth = sizes(sum(counts), random) * rises(np.clip(at, 0.5, num_blocks - 0.5), num_blocks)
-    begins = None if first is None else (int(start + step), int(start + 2 * step))
-    return World(levels_of(counts), truth, begins)
+    shift = step / 2 if first is None else 0.5
+    apart = start + step - shift, start + 2 * step - shift
+    return World(levels_of(counts), truth, (int(apart[0]), int(apart[1])) if apart[0] % 1 == 0 else None)
 
 
 def curve(
