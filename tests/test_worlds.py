@@ -44,8 +44,8 @@ def test_worlds_from_the_first_block_begin_where_their_boundaries_say():
     assert world.boundaries == (3, 6)
     rise = np.diff(world.truth / world.truth[:, -1:], axis=1)  # what each block adds
     assert rise[:4, 0] == pytest.approx(1, abs=0.05)
-    assert rise[4:8, 3] == pytest.approx(1, abs=0.05)
-    assert rise[8:, 6] == pytest.approx(1, abs=0.05)
+    assert rise[4:8, 3] == pytest.approx(1, abs=0.1)
+    assert rise[8:, 6] == pytest.approx(1, abs=0.1)
     assert world.held == (4, 7)  # hidden states that blocks 3 and 6 write
 
 

@@ -160,7 +160,7 @@ def effects(
         sd: standard deviation over the tasks of one type of the share in a third, root mean square of its own third
             and another one.
         trend: how much larger than the first block's share the last one's is, for all tasks alike.
-        shuffled: tasks are filed under types that mean nothing.
+        shuffled: each task suffers as one of any type does.
     """
     ranks = np.repeat(np.arange(3), counts)
     third = np.arange(num_blocks) * 3 // num_blocks
@@ -169,11 +169,10 @@ def effects(
     high, low = gap + (1 - gap) / 3, (1 - gap) / 3
     whole = (high * (1 - high) + low * (1 - low)) / 2 / sd**2 - 1  # of a Dirichlet distribution with that spread
     harm = random.gamma(whole * mean) * random.uniform(0.5, 2.0, (len(ranks), 1))
-    levels = levels_of(counts)
     if shuffled:
-        levels = tuple(random.permutation(levels).tolist())
+        harm = random.permutation(harm)
     tasks = tuple(f"made.{i}" for i in range(len(ranks)))
-    return BlockEffects("blocks", tasks, levels, harm[None], "world")
+    return BlockEffects("blocks", tasks, levels_of(counts), harm[None], "world")
 
 
 def write_run(
