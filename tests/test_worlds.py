@@ -119,7 +119,6 @@ def test_what_is_not_planted_is_supported_in_at_most_five_percent(setting):
         *(Setting("planted", FEW, 12, step, sd) for step in (1.0, 2.0) for sd in (1.0, 2.0)),
         *(Setting(None, EVEN, effects="planted", share=g, share_sd=s) for g in (0.2, 0.4) for s in (0.1, 0.2)),
         Setting("planted", EVEN, 12, 2.0, 1.0, effects="planted", share=0.4, share_sd=0.1),
-        Setting("planted", EVEN, 12, 1.0, 1.0, effects="planted", share=0.2, share_sd=0.1),
     ],
     ids=lambda s: f"{s.kind or 'effects'} {s.step:g} {s.sd:g} {s.share:g} {s.share_sd:g}",
 )
@@ -132,8 +131,12 @@ def test_what_is_planted_is_supported_with_the_announced_power(setting):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_blocks", [12, 24])
-def test_boundaries_are_within_one_block_of_the_planted_ones(num_blocks):
+@pytest.mark.parametrize(("num_blocks", "of_all"), [(12, 0.9), (24, 0.86)])
+def test_boundaries_are_within_one_block_of_the_planted_ones(num_blocks, of_all):
+    """In .9 of the worlds in which a criterion places them.
+
+    With 24 blocks a tenth of the worlds are said to be too weak to place them; counting these, it is .885 (page).
+    """
     setting = Setting("planted from the first block", FEW, num_blocks, 2.0, 1.0)
     found = simulate(setting, N)
     shown(f"boundaries, {num_blocks} blocks", found, N, setting.announced())
@@ -141,6 +144,7 @@ def test_boundaries_are_within_one_block_of_the_planted_ones(num_blocks):
     assert found["supported"] / N == pytest.approx(setting.announced(), abs=0.05)
     for criterion in ("segmentation", "holding"):
         assert found[f"near {criterion}"] >= 0.9 * found[criterion] > 0
+    assert found["near segmentation"] + found["near holding"] >= of_all * N
 
 
 # ---------------------------------------------------------------- the whole chain
@@ -157,7 +161,7 @@ def test_twenty_run_folders_go_through_the_command_as_announced(kind, fewest, mo
     random, n, supported, smooth, placed = np.random.default_rng(9), 20, 0, 0, 0
     for number in range(n):
         if kind == "planted":
-            world = worlds.planted(EVEN, 12, random, step=2, sd=1, first=None)
+            world = worlds.planted(EVEN, 12, random, step=2, sd=1)
             harm = worlds.effects(EVEN, 12, random, gap=0.4, sd=0.1)
         elif kind == "distributed":
             world = worlds.distributed(EVEN, 12, random)

@@ -176,7 +176,7 @@ def effects(
 
 
 def write_run(
-    world: World, folder: Path, random: np.random.Generator, *, items: int = 100, noise: float = 0.3
+    world: World, folder: Path, random: np.random.Generator, *, items: int = 60, noise: float = 0.3
 ) -> ProbeResults:
     """The world as a probing run's folder: items of three seeds, two poolings, two probes and a random encoder.
 
