@@ -116,7 +116,8 @@ def plan(
     rows: list[dict[str, float | str]] = []
     if min(counts) < claim.min_tasks:
         return Plan(tuple(counts), {}, ())
-    orders, shared = [], []
+    orders: list[tuple[dict[str, float | str], Outcomes]] = []
+    shared: list[tuple[dict[str, float | str], tuple[Outcomes, Outcomes]]] = []
     if depths:
         ranks = np.repeat(np.arange(len(counts)), counts)
         smallest["L1"] = jonckheere_terpstra(np.arange(len(ranks)), ranks).smallest_p
@@ -142,8 +143,9 @@ def plan(
             sizes = {**own, "share": other["difference"], "share_sd": other["sd"]}
             rows.append({"condition": "supported", **sizes, "power": supported_power((order, *both), claim.alpha)})
     else:
-        alone = [(own, (order,)) for own, order in orders] or shared
-        rows += [{"condition": "supported", **own, "power": supported_power(o, claim.alpha)} for own, o in alone]
+        alone: list[tuple[dict[str, float | str], tuple[Outcomes, ...]]] = [(own, (order,)) for own, order in orders]
+        for sizes, conditions in [*alone, *shared]:
+            rows.append({"condition": "supported", **sizes, "power": supported_power(conditions, claim.alpha)})
     return Plan(tuple(counts), smallest, tuple(rows))
 
 
@@ -179,7 +181,7 @@ def order_outcomes(
     random = generator(seed, "order power")
     depths = step * ranks + sd * random.standard_normal((simulations, len(ranks)))
     groups = [depths[:, ranks == r] for r in range(len(counts))]
-    apart, p = _bounds(groups[0], groups[-1], groups, claim.delta * num_blocks)
+    apart, p = _bounds(groups, claim.delta * num_blocks)
     return Outcomes((trend_p_values(depths, counts) <= claim.alpha) & (apart > 0), p)
 
 
@@ -237,7 +239,7 @@ def share_outcomes(
     for k, claimed in enumerate(ranges):
         own = ranks == k
         groups = [in_ranges[:, ~own, k], in_ranges[:, own, k]]
-        excluded = np.minimum(excluded, _bounds(*groups, groups, delta)[1])
+        excluded = np.minimum(excluded, _bounds(groups, delta)[1])
         left = np.flatnonzero(holds)
         holds[left] = _range_holds(shares[left], own, claimed, alpha=alpha, delta=delta)
     two = Outcomes(holds, np.minimum(1.0, n * excluded))
@@ -246,7 +248,7 @@ def share_outcomes(
     for i, j in pairs:
         for own_type, other in ((i, j), (j, i)):
             groups = [in_ranges[:, ranks == other, own_type], in_ranges[:, ranks == own_type, own_type]]
-            excluded = np.minimum(excluded, 2 * _bounds(*groups, groups, delta)[1])
+            excluded = np.minimum(excluded, 2 * _bounds(groups, delta)[1])
     three = Outcomes(_dissociated(in_ranges, ranks, alpha=alpha), np.minimum(1.0, len(pairs) * excluded))
     return two, three
 
@@ -298,10 +300,9 @@ def _spread_ranges(n: int, num_blocks: int) -> tuple[tuple[int, int], ...]:
     return tuple((s, s + length) for s in starts)
 
 
-def _bounds(
-    first: np.ndarray, second: np.ndarray, groups: Sequence[np.ndarray], margin: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Difference of two groups' means in each world, and p of "at least the margin", by the spread of all groups."""
+def _bounds(groups: Sequence[np.ndarray], margin: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the last group minus that of the first in each world, and p of "at least the margin", spread pooled."""
+    first, second = groups[0], groups[-1]
     squares = sum(((g - g.mean(axis=1, keepdims=True)) ** 2).sum(axis=1) for g in groups)
     freedom = sum(g.shape[1] for g in groups) - len(groups)
     error = np.sqrt(squares / freedom * (1 / first.shape[1] + 1 / second.shape[1]))
