@@ -22,7 +22,7 @@ from analysis.conditions import (
     range_test,
 )
 from analysis.hypothesis import Hypothesis
-from analysis.power import dissociation_power, range_power
+from analysis.power import share_powers
 from analysis.verdicts import Condition, Outcome, TypeVerdict, Verdict, listed, p_text, percent
 from spafit.stats import holm
 from spafit.trend import trend_power
@@ -192,6 +192,7 @@ def judge_interventions(
     in_ranges = np.stack([shares.shares[:, a:b].sum(axis=1) for a, b in shares.ranges], axis=1)
     tests, adjusted = dissociations(in_ranges, shares.ranks, alpha=claim.alpha, delta=claim.delta)
     spread = float(np.mean([pooled_spread([in_ranges[shares.ranks == k, c] for k in range(n)]) for c in range(n)]))
+    power = share_powers(counts, shares.ranges, depth, gap=claim.delta, sd=spread, alpha=claim.alpha, delta=claim.delta)
     worst = min(ranges, key=lambda r: r.difference.value)
     said = []
     for name, (start, stop), r in zip(names, shares.ranges, ranges, strict=True):
@@ -209,8 +210,7 @@ def judge_interventions(
         "L2", True, f"{_BY[shares.kind]}: of all absolute effects on a type's tasks, {'; '.join(said)}. Smallest "
         f"reachable p {p_text(smallest)}.{shares.notes}",
         "holds" if holds else "open", worst.difference.value, worst.difference.interval, max(r.p for r in ranges),
-        smallest,
-        range_power(counts, shares.ranges, depth, gap=claim.delta, sd=spread, alpha=claim.alpha, delta=claim.delta),
+        smallest, power[0],
         float(holm(np.array([r.difference.p_refuted for r in ranges])).min()),
     )  # fmt: skip
     lowest = min(tests.values(), key=lambda t: t.difference.value)
@@ -224,8 +224,7 @@ def judge_interventions(
         "L3", True, f"Each type harmed more by its own range than the other type is, both ways, adjusted over pairs by "
         f"Holm: {pairs}. Smallest reachable p {p_text(reach)}.{short}",
         "holds" if max(adjusted.values()) <= claim.alpha else "open", lowest.difference.value,
-        lowest.difference.interval, max(adjusted.values()), reach,
-        dissociation_power(counts, gap=claim.delta, sd=spread, alpha=claim.alpha),
+        lowest.difference.interval, max(adjusted.values()), reach, power[1],
         float(holm(np.array([t.difference.p_refuted for t in tests.values()])).min()),
     )  # fmt: skip
     return two, three, ranges, {pair: (t, adjusted[pair]) for pair, t in tests.items()}

@@ -384,7 +384,8 @@ def test_the_command_prints_power_first_and_writes_everything(tmp_path, planted)
 def test_a_dry_run_stops_before_any_score_and_json_is_one_document(tmp_path, planted):
     shown = invoke(planted.folder, "--dry-run", "--out", tmp_path / "no").stdout
     assert "smallest reachable p" in shown
-    assert "supported" not in shown
+    assert "Verdict supported (L1 holds, nothing refuted; L4 aside): power at a difference of 1 layers, sd 1:" in shown
+    assert "This supports" not in shown
     assert not (tmp_path / "no").exists()
     path = published(tmp_path / "both.csv")
     mine = naming().save(tmp_path / "mine.yaml")
