@@ -19,14 +19,18 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
+from analysis.cli.main import app
 from spafit.data.training import TrainData
 from spafit.errors import ConfigError, OutputError, UsageError
 from spafit.presets import preset_config
 from spafit.settings import TrainSettings
+from spafit.tuning import recipes
 from spafit.tuning.crossval import folds
 from spafit.tuning.objective import PlanObjective, measured
 from spafit.tuning.parameters import Outcome, Parameter, Report
+from spafit.tuning.recipes import read_recipes, recipe_for
 from spafit.tuning.search_result import SearchResult
 from spafit.tuning.searching import search
 from spafit.tuning.space import SearchSpace
@@ -336,3 +340,68 @@ def test_plans_are_trained_over_folds_within_a_limit_and_adapters_kept(tmp_path:
         too_small.check()
     with pytest.raises(UsageError, match="something that measures it"):
         replace(objective, forgetting=None).check()
+
+
+# ---------------------------------------------------------------- recipes and the command
+
+
+def test_recipes_have_sources_fit_by_task_and_name_the_line_of_an_error(tmp_path: Path) -> None:
+    for recipe in read_recipes():
+        assert "arXiv" in recipe.source
+        assert recipe.apply(SPACE).parameters()
+    assert recipe_for(items=300, kind="classification", paired=True).name == "few items"
+    assert recipe_for(items=5000, kind="classification", paired=True).name == "few thousand pairs"
+    assert recipe_for(items=5000, kind="generation", paired=False).name == "generation"
+    with pytest.raises(UsageError, match="no recipe 'x'"):
+        recipe_for(items=1, kind="classification", paired=False, name="x")
+    shipped = Path(recipes.__file__).with_name("recipes.yaml").read_text()
+    for old, new, words in (
+        ("folds: 5", "folds: 0", r"recipes.yaml, line \d+.*at least 1"),
+        ("epochs: 20", "epochs: -1", r"line \d+.*epochs must be"),
+        ("groups: [1, 2, 3], methods: [freeze, bitfit, lora+bitfit]", "groups: [7]", r"line \d+.*from 1 to 5"),
+    ):
+        (tmp_path / "recipes.yaml").write_text(shipped.replace(old, new, 1))
+        with pytest.raises(ConfigError, match=words):
+            read_recipes(tmp_path / "recipes.yaml")
+
+
+def test_the_command_searches_and_confirms_and_its_plan_trains(tmp_path: Path) -> None:
+    save_tiny("bert", tmp_path / "bert")
+    for split, frame in task(40, scored=20).frames.items():
+        frame.assign(label=frame["label"].map({0: "cat", 1: "dog"})).to_csv(tmp_path / f"{split}.csv", index=False)
+    (tmp_path / "space.yaml").write_text("ranks: [2]\nrates: {low-rank: [0.01, 0.02], bias: [0.01, 0.02]}\n")
+    command = [
+        "search", "--model", str(tmp_path / "bert"), "--train", str(tmp_path / "train.csv"), "--validation",
+        str(tmp_path / "validation.csv"), "--space", str(tmp_path / "space.yaml"), "--trials", "3", "--folds", "2",
+        "--epochs", "1", "--confirm-seeds", "1", "--max-length", "16", "--out", str(tmp_path / "out"), "--quiet",
+    ]  # fmt: skip
+    found = CliRunner().invoke(app, command)
+    assert found.exit_code == 0, found.output + repr(found.exception)
+    assert "confirmed with 1 fresh seed(s)" in found.stdout
+    table = pd.read_csv(tmp_path / "out" / "trials.csv")
+    assert table["strata"].iloc[0] == "encoder[0,1) freeze; encoder[1,3) lora+bitfit:2"  # SPAFIT's, scaled, comes first
+    plan = tmp_path / "out" / "strata.yaml"
+    shown = CliRunner().invoke(
+        app, ["train", "--model", str(tmp_path / "bert"), "--strata", str(plan), "--dry-run"]
+    )  # fmt: skip
+    assert shown.exit_code == 0, shown.output
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "No data"), (["--max-forgetting", "0.1"], "needs --keep"),
+        (["--objectives", "forgetting"], "needs --keep"),
+        (["--max-params", "few"], "neither a number"),
+    ],
+)  # fmt: skip
+def test_bad_options_of_a_search_are_refused(options: list[str], words: str) -> None:
+    found = CliRunner().invoke(app, ["search", *options])
+    assert isinstance(found.exception, UsageError)
+    assert words in str(found.exception)
+
+
+def test_a_missing_library_names_the_command_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UsageError, match=r'pip install "spafit\[tune\]"'):
+        search(flat, SPACE, out=tmp_path, n_trials=1)
