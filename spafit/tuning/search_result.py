@@ -194,8 +194,8 @@ class SearchResult:
 
         name = self.run["objectives"][0]
         done = [r for r in self.records if r.outcome is not None]
-        values = np.array([r.outcome.objectives.get(name, math.nan) for r in done], dtype=float)  # type: ignore[union-attr]
-        feasible = np.array([r.outcome.feasible for r in done], dtype=bool)  # type: ignore[union-attr]
+        values = np.asarray([r.outcome.objectives.get(name, math.nan) for r in done], float)  # type: ignore[union-attr]
+        feasible = np.asarray([int(r.outcome.feasible) for r in done]) > 0  # type: ignore[union-attr]
         at = np.array([r.number for r in done])
         with plotting.style():
             if ax is None:
