@@ -194,8 +194,9 @@ class SearchResult:
 
         name = self.run["objectives"][0]
         done = [r for r in self.records if r.outcome is not None]
-        values = np.asarray([r.outcome.objectives.get(name, math.nan) for r in done], float)  # type: ignore[union-attr]
-        feasible = np.asarray([int(r.outcome.feasible) for r in done]) > 0  # type: ignore[union-attr]
+        outcomes = [r.outcome for r in done if r.outcome is not None]
+        values = np.asarray([float(o.objectives.get(name, math.nan)) for o in outcomes])
+        feasible = np.asarray([int(o.feasible) for o in outcomes]) > 0
         at = np.array([r.number for r in done])
         with plotting.style():
             if ax is None:

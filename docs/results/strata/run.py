@@ -13,6 +13,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from analysis.race_result import RaceResult
 
 HERE = Path(__file__).parent
 ITEMS = 1500
