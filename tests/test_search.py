@@ -186,6 +186,29 @@ def test_a_strategy_finds_the_planted_plan(strategy: str, trials: int, tmp_path:
     assert result.records[0].values == first[0]
 
 
+def test_hyperopt_finds_the_planted_plan_through_the_same_search(tmp_path: Path) -> None:
+    result = search(planted, SPACE, out=tmp_path, backend="hyperopt", strategy="tpe", n_trials=120, seed=1)
+    assert_planted(result.plan())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ray_finds_the_planted_plan_with_two_workers_killed_and_continued(tmp_path: Path) -> None:
+    process = start(tmp_path, 1000, backend="ray", strategy="random", workers=2)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and len(list((tmp_path / "trials").glob("*.json"))) < 20:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "trials").glob("*.json")}
+    assert len(before) >= 20
+    space = replace(SPACE, groups=(3,))
+    assert start(tmp_path, 200, backend="ray", strategy="random", workers=2).wait(timeout=400) == 0
+    assert all((tmp_path / "trials" / name).stat().st_mtime_ns == stamp for name, stamp in before.items())
+    result = SearchResult.load(tmp_path, space)
+    assert_planted(result.plan())
+
+
 def test_a_grid_finds_the_planted_plan_and_ends_with_its_last_point(tmp_path: Path) -> None:
     chosen = ("encoder.s1", "encoder.fraction2", "rate.low-rank")
     fixed = SPACE.encode(preset_config("spafit-scaled-I", blocks=6)) | {"encoder.rank3": 16}
@@ -252,9 +275,9 @@ def test_several_objectives_leave_a_front_and_pruning_gives_up_what_will_not_win
 
 
 SCRIPT = """
-import sys, time
+import json, sys, time
+from dataclasses import replace
 from pathlib import Path
-from spafit.tuning.parameters import Outcome
 from spafit.tuning.searching import search
 from tests.test_search import SPACE, planted
 
@@ -267,17 +290,19 @@ def slow(values, report):
         f.write(repr(sorted(values.items())) + "\\n")
     return outcome
 
-search(slow, SPACE, out=sys.argv[1], n_trials=int(sys.argv[2]))
+search(slow, replace(SPACE, groups=(3,)), out=sys.argv[1], n_trials=int(sys.argv[2]), **json.loads(sys.argv[3]))
 """
 
 
-def test_a_killed_search_goes_on_and_repeats_no_finished_trial(tmp_path: Path) -> None:
-    def start(n: int) -> subprocess.Popen[bytes]:
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(n)]
-        return subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
+def start(folder: Path, n: int, **options: Any) -> subprocess.Popen[bytes]:
+    """A search of ``n`` trials in a process group of its own."""
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(n), json.dumps(options)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, start_new_session=True)
 
-    process = start(1000)
+
+def test_a_killed_search_goes_on_and_repeats_no_finished_trial(tmp_path: Path) -> None:
+    process = start(tmp_path, 1000)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and len(list((tmp_path / "trials").glob("*.json"))) < 15:
         time.sleep(0.05)
@@ -285,7 +310,7 @@ def test_a_killed_search_goes_on_and_repeats_no_finished_trial(tmp_path: Path) -
     process.wait()
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "trials").glob("*.json")}
     assert len(before) >= 15
-    assert start(len(before) + 10).wait(timeout=120) == 0
+    assert start(tmp_path, len(before) + 10).wait(timeout=120) == 0
     after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "trials").glob("*.json")}
     assert len(after) >= len(before) + 9
     assert all(after[name] == stamp for name, stamp in before.items())

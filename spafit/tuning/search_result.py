@@ -15,6 +15,7 @@ import pandas as pd
 from spafit import io
 from spafit.errors import DataError
 from spafit.strata import StrataConfig
+from spafit.tuning.objective import measured
 from spafit.tuning.parameters import Parameter, TrialRecord
 from spafit.tuning.space import SearchSpace
 
@@ -85,7 +86,9 @@ class SearchResult:
         )  # fmt: skip
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per trial: trial, state, feasible, objectives, constraints, values, seconds, error."""
+        """One row per trial: trial, state, feasible, objectives, excesses, of plans also digest, s1, s2 (of the first
+        stack), a column per fold and the strata; then values, seconds, error.
+        """
         rows = []
         for r in self.records:
             row: dict[str, Any] = {"trial": r.number, "state": r.state}
@@ -94,6 +97,9 @@ class SearchResult:
                 row |= {f"excess_{k}": v for k, v in r.outcome.constraints.items()}
                 if self.space is not None:
                     plan = StrataConfig.from_dict(r.outcome.details["plan"])
+                    s1, s2 = plan.boundaries(next(iter(plan.blocks)))
+                    row |= {"digest": measured(r.values), "s1": s1, "s2": s2}
+                    row |= {f"fold_{i}": v for i, v in enumerate(r.outcome.details.get("folds", ()))}
                     row |= {
                         "strata": "; ".join(
                             f"{s.stack}[{s.blocks[0]},{s.blocks[1]}) {s.method}" + (f":{s.lora.rank}" if s.lora else "")
