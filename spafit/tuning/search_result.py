@@ -86,8 +86,9 @@ class SearchResult:
         )  # fmt: skip
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per trial: trial, state, feasible, objectives, excesses, of plans also digest, s1, s2 (of the first
-        stack), a column per fold and the strata; then values, seconds, error.
+        """One row per trial: trial, state, feasible, objectives, excesses, values, seconds, error.
+
+        Of plans also digest, s1 and s2 (of the first stack), a column per fold, and the strata in words.
         """
         rows = []
         for r in self.records:
