@@ -21,8 +21,8 @@ from tests.tiny import save_tiny
 from tests.training_fixtures import task
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-#: Bits that may be lost: order is told with less than that left to know, and the upper block alone loses none of it.
-TOLERANCE = 0.001
+#: Bits that may be lost: next to nothing. Training the last block alone loses exactly none of what is read below it.
+TOLERANCE = 0.0004
 
 
 def test_a_pilot_finds_the_block_that_has_to_change_and_the_race_confirms_it(tmp_path: Path) -> None:
