@@ -21,9 +21,10 @@ import pandas as pd
 
 from analysis.abilities import Abilities
 from analysis.causal import exchanged
-from analysis.placed_strata import on_model, placed_strata
+from analysis.placed_strata import AdapterType, on_model, placed_strata
 from spafit import io
 from spafit.errors import DataError, OutputError, UsageError
+from spafit.presets import TARGETS
 from spafit.runtime import Progress, provenance
 from spafit.settings import TrainSettings
 from spafit.strata import LoraOptions, Outside, StrataConfig, Stratum
@@ -97,6 +98,7 @@ def run_pilot(
     abilities: Abilities,
     out: str | Path,
     methods: Sequence[str] = ("bitfit", "lora+bitfit"),
+    adapter_type: AdapterType = "I",
     settings: TrainSettings | None = None,
     warm_up: TrainSettings | None = None,
     seeds: Sequence[int] = (0, 1),
@@ -125,6 +127,7 @@ def run_pilot(
         out: folder.
         methods: of the strata that train, such as ``bitfit``, ``norm``, ``lora+bitfit:16`` (rank 64 where none is
             named). What the last one would gain in all blocks is the unit of gain.
+        adapter_type: SPAFIT's type, which says what low-rank methods update.
         settings: of the pilot training; by default one epoch.
         warm_up: of the head's training; by default one epoch at 1e-3.
         seeds: at least one.
@@ -163,13 +166,16 @@ def run_pilot(
     methods = tuple(dict.fromkeys(on_model(methods, stack.bias_roles)))
     place: dict[str, Any] = {
         "stack": stack.name, "num_blocks": stack.num_blocks, "bias_roles": stack.bias_roles, "model_id": headed.name,
+        "adapter_type": adapter_type,
     }  # fmt: skip
     plans = {m: with_missing_pooler(headed.model, placed_strata([m], [], **place), headed.missing) for m in methods}
     nothing = with_missing_pooler(headed.model, placed_strata(["freeze"], [], **place), headed.missing)
-    everything = with_missing_pooler(headed.model, _everything(methods, stack, headed.name), headed.missing)
+    everything = with_missing_pooler(
+        headed.model, _everything(methods, stack, headed.name, adapter_type), headed.missing
+    )
     key = io.content_digest(
-        [1, data.digest, headed.name, methods, settings.to_dict(), warm_up.to_dict(), tuple(seeds), batches,
-         *abilities.record()]
+        [1, data.digest, headed.name, methods, adapter_type, settings.to_dict(), warm_up.to_dict(), tuple(seeds),
+         batches, *abilities.record()]
     )  # fmt: skip
     if (folder / _RECORD).is_file():
         if io.read_json(folder / _RECORD)["key"] != key:
@@ -206,8 +212,8 @@ def run_pilot(
         "schema_version": io.SCHEMA_VERSION, "key": key, "command": command or "analysis.run_pilot",
         "model": {"name": headed.name, "reference": headed.reference, "revision": headed.revision},
         "stack": stack.name, "blocks": stack.num_blocks, "bias_roles": sorted(stack.bias_roles),
-        "methods": list(methods), "unit": abilities.unit, "task": data.name, "data": data.digest,
-        "seeds": list(seeds), "batches": batches, "settings": settings.to_dict(),
+        "methods": list(methods), "adapter_type": adapter_type, "unit": abilities.unit, "task": data.name,
+        "data": data.digest, "seeds": list(seeds), "batches": batches, "settings": settings.to_dict(),
         "outside_parameters": count_trainable(headed.model, nothing), **provenance(),
     }  # fmt: skip
     Pilot(folder, run, table).save(folder)
@@ -223,11 +229,11 @@ def _check(methods: Sequence[str], seeds: Sequence[int], batches: int) -> None:
         raise UsageError("A pilot measures methods that train; give at least one, and not freeze.")
 
 
-def _everything(methods: Sequence[str], stack: Stack, name: str) -> StrataConfig:
+def _everything(methods: Sequence[str], stack: Stack, name: str, adapter_type: AdapterType) -> StrataConfig:
     """All blocks with low-rank updates of the methods' largest rank and every bias, or norm where there is none."""
     rank = max((int(m.partition(":")[2] or 0) for m in methods), default=0) or 64
     method = "lora+bitfit" if stack.bias_roles else "lora+norm"
-    stratum = Stratum(stack.name, (0, stack.num_blocks), method, LoraOptions(rank))
+    stratum = Stratum(stack.name, (0, stack.num_blocks), method, LoraOptions(rank, targets=TARGETS[adapter_type]))
     outside = Outside(pooler="bitfit" if stack.bias_roles else "norm")
     return StrataConfig(name, {stack.name: stack.num_blocks}, (stratum,), outside, {"source": "pilot"})
 

@@ -12,7 +12,7 @@ from typing import Any
 from analysis.block_evidence import BlockEvidence
 from analysis.boundary_choice import choose_boundaries
 from analysis.pilot import Pilot
-from analysis.placed_strata import AdapterType, placed_strata
+from analysis.placed_strata import placed_strata
 from analysis.strata_suggestion import StrataSuggestion, choice_sentences
 from analysis.suggestion import suggest_strata
 from spafit.errors import UsageError, did_you_mean
@@ -27,7 +27,6 @@ def suggest_from_pilot(
     strata: Sequence[str] = (),
     budget: int | None = None,
     tolerance: float | None = None,
-    adapter_type: AdapterType = "I",
     model_id: str | None = None,
     missing_pooler: bool = False,
     probing: StrataSuggestion | None = None,
@@ -44,7 +43,6 @@ def suggest_from_pilot(
         strata: two to five methods from the first block up; by default freeze and then the pilot's, in its order.
         budget: most trainable parameters, head included.
         tolerance: most forgetting, in the pilot's unit (see :func:`tolerance_in`).
-        adapter_type: SPAFIT's type.
         model_id: the model's reference; by default the pilot's.
         missing_pooler: the checkpoint has no pooler, so that it must train in full.
         probing: a suggestion for the same model and stack from probing alone, whose criteria are reported beside it.
@@ -68,8 +66,8 @@ def suggest_from_pilot(
     row = choice.table.iloc[choice.chosen]
     sentences = choice_sentences(choice)
     placed = placed_strata(
-        choice.strata, choice.boundaries, stack=stack, num_blocks=blocks, bias_roles=roles, adapter_type=adapter_type,
-        model_id=name,
+        choice.strata, choice.boundaries, stack=stack, num_blocks=blocks, bias_roles=roles,
+        adapter_type=run["adapter_type"], model_id=name,
     )  # fmt: skip
     if missing_pooler:
         placed = replace(placed, outside=replace(placed.outside, pooler="full"))

@@ -60,11 +60,11 @@ def old_data(train: int = 600, scored: int = 300) -> TrainData:
 
 
 def save_planted(folder: Path) -> None:
-    """Train the lower blocks on order, close the upper one, and save encoder and tokenizer.
+    """Train the lower blocks on order, and to bring the new task's answer to the first token; close the upper block.
 
-    The last dimensions of the residual stream carry nothing below. The upper block hands on these alone, its values are
-    zero and its feed-forward sub-layer does not write there: no head can read anything, no bias changes that, and a
-    change of the upper block's values does.
+    The last dimensions of the residual stream carry nothing below. The upper block hands on these alone, and neither of
+    its sub-layers writes there: no head can read anything, no bias changes that, and a change of its attention's output
+    (SPAFIT's type II) does.
     """
     from transformers import BertModel
 
@@ -74,12 +74,12 @@ def save_planted(folder: Path) -> None:
             num_attention_heads=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )  # fmt: skip
         model = BertModel(config)
-        head = nn.Linear(WIDTH, 2)
+        head, other = nn.Linear(WIDTH, 2), nn.Linear(WIDTH, 2)
         tokenizer = tiny_tokenizer()
         rows = sentences(1500, 1)
         batch = tokenizer(rows["text"].tolist(), padding=True, return_tensors="pt")
-        labels = torch.tensor(rows["first"].tolist())
-        optimiser = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=3e-3)
+        labels, old = torch.tensor(rows["first"].tolist()), torch.tensor(rows["old"].tolist())
+        optimiser = torch.optim.AdamW([*model.parameters(), *head.parameters(), *other.parameters()], lr=3e-3)
         for step in range(300):
             chosen = torch.arange(step * 64, (step + 1) * 64) % len(rows)
             inputs = {k: v[chosen] for k, v in batch.items()}
@@ -87,6 +87,7 @@ def save_planted(folder: Path) -> None:
             mask = inputs["attention_mask"][..., None]
             pooled = (states * mask).sum(1) / mask.sum(1)
             loss = nn.functional.cross_entropy(head(pooled), labels[chosen])
+            loss = loss + nn.functional.cross_entropy(other(states[:, 0]), old[chosen])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -111,9 +112,9 @@ def _silence(model: Any) -> None:
 @torch.no_grad()
 def _close(model: Any) -> None:
     top = model.encoder.layer[-1]
-    top.attention.self.value.weight.zero_()
-    top.attention.self.value.bias.zero_()
-    nn.init.normal_(top.attention.output.dense.weight, std=1.0)
+    nn.init.normal_(top.attention.self.value.weight, std=0.5)
+    top.attention.output.dense.weight[-OUTPUT:] = 0
+    top.attention.output.dense.bias[-OUTPUT:] = 0
     top.attention.output.LayerNorm.weight.fill_(1)
     top.attention.output.LayerNorm.bias.zero_()
     top.output.dense.weight[-OUTPUT:] = 0

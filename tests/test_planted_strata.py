@@ -32,8 +32,8 @@ def test_a_pilot_finds_the_block_that_has_to_change_and_the_race_confirms_it(tmp
     data = old_data()
     keep = ProbedAbilities((order_task(),), train_items=300, test_items=300, hidden=PLANTED_BLOCKS - 1)
     pilot = run_pilot(
-        model, data, abilities=keep, out=tmp_path / "pilot", methods=("lora+bitfit:8",), seeds=(0, 1),
-        settings=TrainSettings(epochs=20, learning_rate=1e-2, select_share=0, max_length=16),
+        model, data, abilities=keep, out=tmp_path / "pilot", methods=("lora+bitfit:8",), seeds=(0, 1), adapter_type="II",
+        settings=TrainSettings(epochs=10, learning_rate=1e-2, select_share=0, max_length=16),
         warm_up=TrainSettings(epochs=1, learning_rate=1e-3, select_share=0, max_length=16), device="cpu", quiet=True,
     )  # fmt: skip
     suggestion = suggest_from_pilot(pilot, tolerance=TOLERANCE)
@@ -53,11 +53,14 @@ def test_a_pilot_finds_the_block_that_has_to_change_and_the_race_confirms_it(tmp
     baselines = [b for b in standard_baselines(suggestion.config, headed.model, random=2) if b.name not in left_out]
     candidates = [
         replace(c, learning_rates=(1e-2,))
-        for c in [*suggested_candidates(suggestion, n=2, bias_roles=pilot.run["bias_roles"]), *baselines]
+        for c in [
+            *suggested_candidates(suggestion, n=2, bias_roles=pilot.run["bias_roles"], adapter_type="II"),
+            *baselines,
+        ]
     ]
     result = race(
         candidates, data, model=model, out=tmp_path / "race", rungs=1, confirm_seeds=(100, 101, 102, 103, 104),
-        settings=TrainSettings(epochs=20, max_length=16), abilities=keep, tolerance=TOLERANCE, device="cpu", quiet=True,
+        settings=TrainSettings(epochs=10, max_length=16), abilities=keep, tolerance=TOLERANCE, device="cpu", quiet=True,
     )  # fmt: skip
     print(result.to_markdown())
     assert result.verdict == "yes"

@@ -284,7 +284,7 @@ def _pilot_and_race(
     limit = None if budget is None else _budget(budget, headed.model)
     measured = run_pilot(
         reference, data, abilities=kept, out=out / "pilot", methods=[m for m in methods if m != "freeze"],
-        settings=TrainSettings(epochs=pilot["epochs"], select_share=0, **loop),
+        adapter_type=adapter_type, settings=TrainSettings(epochs=pilot["epochs"], select_share=0, **loop),
         warm_up=TrainSettings(epochs=1, select_share=0, learning_rate=1e-3, **loop), seeds=range(pilot["seeds"]),
         **shared,
     )  # fmt: skip
@@ -294,7 +294,7 @@ def _pilot_and_race(
         most = tolerance_in(tolerance, unit=measured.run["unit"], before=before)
     suggestion = suggest_from_pilot(
         measured, strata=on_model(methods, measured.run["bias_roles"]), budget=limit, tolerance=most,
-        adapter_type=adapter_type, probing=probed.get(measured.run["stack"]), seed=seed,
+        probing=probed.get(measured.run["stack"]), seed=seed,
         missing_pooler=any("pooler" in name for name in headed.missing),
     )  # fmt: skip
     if not race:
