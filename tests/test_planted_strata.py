@@ -32,7 +32,8 @@ def test_a_pilot_finds_the_block_that_has_to_change_and_the_race_confirms_it(tmp
     data = old_data()
     keep = ProbedAbilities((order_task(),), train_items=300, test_items=300, hidden=PLANTED_BLOCKS - 1)
     pilot = run_pilot(
-        model, data, abilities=keep, out=tmp_path / "pilot", methods=("lora+bitfit:8",), seeds=(0, 1), adapter_type="II",
+        model, data, abilities=keep, out=tmp_path / "pilot", methods=("lora+bitfit:8",), seeds=(0, 1),
+        adapter_type="II",
         settings=TrainSettings(epochs=10, learning_rate=1e-2, select_share=0, max_length=16),
         warm_up=TrainSettings(epochs=1, learning_rate=1e-3, select_share=0, max_length=16), device="cpu", quiet=True,
     )  # fmt: skip
