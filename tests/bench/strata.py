@@ -15,7 +15,7 @@ import pandas as pd
 from tests.bench.table import Row, print_table
 
 #: Trainings of an item in a race on the tiny model are too short to time; this many items make them long enough.
-ITEMS = 240
+ITEMS = 1000
 
 _WORKER = """
 import sys, time
