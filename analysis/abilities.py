@@ -61,6 +61,17 @@ class Abilities(Protocol):
         """What the numbers depend on, for the record."""
 
 
+def forgotten(abilities: Abilities, before: LoadedModel, after: LoadedModel) -> dict[str, float]:
+    """What a tuned model lost of each task, in the abilities' unit, the mean over items; positive is a loss."""
+    from analysis.causal import exchanged
+
+    read = abilities.reader(after)
+    with exchanged(after.model, before.model, range(after.stacks[0].num_blocks), outside=True):
+        old = read()
+    new = read()
+    return {task: float((old[task].values - new[task].values).mean()) for task in old}
+
+
 @dataclass(frozen=True)
 class ProbedAbilities:
     """What a probe fitted anew finds of probing tasks, each at the hidden state where it was read best before training.

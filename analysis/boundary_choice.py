@@ -212,10 +212,13 @@ def _drawn(evidence: BlockEvidence, names: Sequence[str], cuts: np.ndarray) -> t
 def _pareto(gain: np.ndarray, lost: np.ndarray, size: np.ndarray) -> np.ndarray:
     """Placements that no other one beats: at least as good in gain, forgetting and parameters, and better in one."""
     values = np.stack([-gain, lost, size.astype(float)], axis=1)
-    front = np.ones(len(values), dtype=bool)
-    for i, own in enumerate(values):
-        front[i] = not ((values <= own).all(1) & (values < own).any(1)).any()
-    return front
+    front: list[int] = []
+    # Whatever beats a placement comes before it in this order, and is on the front or beaten by one that is.
+    for i in np.lexsort(values.T[::-1]).tolist():
+        known = values[front]
+        if not ((known <= values[i]).all(1) & (known < values[i]).any(1)).any():
+            front.append(i)
+    return np.isin(np.arange(len(values)), front)
 
 
 def _against_anywhere(

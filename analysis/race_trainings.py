@@ -135,19 +135,16 @@ class Runner:
 
         place = folder.parent / "forgotten"
         if not place.with_suffix(".parquet").is_file():
-            from analysis.causal import exchanged
+            from analysis.abilities import forgotten
 
             before = load_model(
                 self.model, revision=self.revision, offline=self.offline, allow_pickle=self.allow_pickle
             )
             after = load_model(folder, offline=self.offline, allow_pickle=self.allow_pickle)
-            read = abilities.reader(after)
-            with exchanged(after.model, before.model, range(after.stacks[0].num_blocks), outside=True):
-                old = read()
-            new = read()
+            lost = forgotten(abilities, before, after)
             table = pd.DataFrame(
-                {"candidate": entry.candidate.name, "seed": seed, "task": list(old), "unit": abilities.unit,
-                 "value": [float((old[t].values - new[t].values).mean()) for t in old]}
+                {"candidate": entry.candidate.name, "seed": seed, "task": list(lost), "unit": abilities.unit,
+                 "value": list(lost.values())}
             )  # fmt: skip
             io.write_table(place, table, csv=False)
         return io.read_table(place)

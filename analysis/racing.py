@@ -61,9 +61,9 @@ def race(
     """Train, halve, confirm, compare; resumable, within a time budget.
 
     All candidates see the same items, in orders of the same seeds, each at rates of its own; frozen prefixes are
-    computed once for all that share one. Of a rung's candidates 1/``eta`` go on, by the mean headline over seeds at
-    their best rate, with that rate's like; protected baselines and the best suggestion always do. The confirmation
-    trains the best suggestion, the best baseline and the protected ones.
+    computed once for all that share one. An entry is a candidate at one rate; of a rung's entries 1/``eta`` go on, by
+    the mean headline over seeds, ties by loss. The best suggestion, the best baseline and each protected baseline go
+    on at their best rate whatever their place, and these are trained in the confirmation.
 
     The verdict: ``yes`` where the paired interval of suggestion less baseline is above 0 for every confirmed baseline,
     ``no`` where it is below 0 for one, else ``within noise``; ``untested`` where the confirmation was not reached.
@@ -117,9 +117,9 @@ def race(
         Path(out), model, settings, Clock(time_budget), device, revision, offline, allow_pickle, command, quiet
     )
     key = io.content_digest(
-        [1, data.digest, settings.to_dict(), tuple(rate_factors), tuple(seeds), tuple(confirm_seeds), rungs, eta,
+        [1, model, data.digest, settings.to_dict(), tuple(rate_factors), tuple(seeds), tuple(confirm_seeds), rungs, eta,
          select_share, tolerance, [] if abilities is None else abilities.record(),
-         [(c.name, c.plan.to_dict()["strata"], c.learning_rates, c.remedies) for c in candidates]]
+         [(c.name, c.plan.strata, c.plan.outside, c.learning_rates, c.remedies) for c in candidates]]
     )  # fmt: skip
     runner.claim(key)
     entries = [

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.abilities import ProbedAbilities
-from analysis.causal import exchanged
+from analysis.abilities import ProbedAbilities, forgotten
 from spafit.models import load_model
 
 
@@ -34,8 +33,5 @@ class ProbedForgetting:
         """Of the model in ``folder``."""
         before = load_model(self.model, revision=self.revision, offline=self.offline, allow_pickle=self.allow_pickle)
         after = load_model(folder, offline=self.offline, allow_pickle=self.allow_pickle)
-        read = ProbedAbilities.of(self.tasks, train_items=300, test_items=300).reader(after)
-        with exchanged(after.model, before.model, range(after.stacks[0].num_blocks), outside=True):
-            old = read()
-        new = read()
-        return float(np.mean([(old[t].values - new[t].values).mean() for t in old]))
+        abilities = ProbedAbilities.of(self.tasks, train_items=300, test_items=300)
+        return float(np.mean(list(forgotten(abilities, before, after).values())))

@@ -109,3 +109,24 @@ def test_the_command_writes_a_plan_that_train_reads(runs: list[ProbeResults], tm
         app, ["train", "--model", model, "--strata", str(tmp_path / "strata.yaml"), "--dry-run"]
     )  # fmt: skip
     assert shown.exit_code == 0, shown.output
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--budget", "20"], "smallest plan of these strata trains"),
+        (["--tolerance", "2points"], "read in bits"),
+        (["--model", "OTHER"], "two different models"),
+    ],
+)
+def test_what_cannot_be_kept_is_said_before_the_pilot_trains(
+    options: list[str], words: str, runs: list[ProbeResults], tmp_path: Path
+) -> None:
+    (tmp_path / "t.csv").write_text("text,label\n" + "the cat runs,a\nthe dog runs,b\n" * 20)
+    other = str(runs[2].run["model"]["reference"])
+    given = [other if o == "OTHER" else o for o in options]
+    command = ["suggest", str(runs[0].folder), "--train", str(tmp_path / "t.csv"), "--keep", "core.tense"]
+    found = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out"), *given])
+    assert isinstance(found.exception, UsageError), found.output
+    assert words in str(found.exception)
+    assert not (tmp_path / "out" / "pilot").exists()

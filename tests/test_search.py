@@ -22,6 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 from analysis.cli.main import app
+from analysis.cli.search import Confirm
 from spafit.data.training import TrainData
 from spafit.errors import ConfigError, OutputError, UsageError
 from spafit.presets import preset_config
@@ -431,3 +432,54 @@ def test_a_missing_library_names_the_command_that_installs_it(tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UsageError, match=r'pip install "spafit\[tune\]"'):
         search(flat, SPACE, out=tmp_path, n_trials=1)
+
+
+def test_a_folder_of_other_data_or_settings_is_refused_and_a_new_best_is_confirmed_anew(tmp_path: Path) -> None:
+    search(flat, SPACE, out=tmp_path / "a", strategy="random", n_trials=2, depends_on=["data 1", {"epochs": 1}])
+    with pytest.raises(OutputError, match="another space, data or settings"):
+        search(flat, SPACE, out=tmp_path / "a", strategy="random", n_trials=2, depends_on=["data 2", {"epochs": 1}])
+    save_tiny("bert", tmp_path / "bert")
+    space = SearchSpace({"encoder": BLOCKS}, ranks=(2,), rates={"low-rank": (5e-3, 2e-2), "bias": (5e-3, 2e-2)})
+    data = task(24, scored=12)
+    objective = PlanObjective(
+        space, str(tmp_path / "bert"), (data,), TrainSettings(epochs=1, max_length=16), tmp_path / "t", device="cpu"
+    )
+    other = replace(objective, settings=TrainSettings(epochs=2, max_length=16))
+    assert list(map(repr, objective.record())) != list(map(repr, other.record()))
+    assert list(map(repr, objective.record())) == list(map(repr, replace(objective).record()))
+    confirm = Confirm(objective, tmp_path / "confirmed", "validation")
+    one, two = (
+        space.encode(preset_config(name, blocks=BLOCKS), learning_rate=1e-2) for name in ("bitfit", "head")
+    )  # fmt: skip
+    assert 0 <= confirm(one, 7) <= 1
+    assert 0 <= confirm(two, 7) <= 1  # a search that went on may have another best trial
+
+
+def test_a_plan_that_the_space_would_change_is_no_first_trial() -> None:
+    backwards = preset_config("reversed:thirds", blocks=6)
+    with pytest.raises(UsageError, match="do not grow with depth"):
+        SPACE.encode(backwards)
+    free = replace(SPACE, growing=False)
+    back, _ = free.decode(free.encode(backwards))
+    assert [(s.blocks, s.method) for s in back.strata] == [(s.blocks, s.method) for s in backwards.strata]
+
+
+def test_a_grid_beyond_measure_is_refused(tmp_path: Path) -> None:
+    huge = SearchSpace({"encoder": 24}, groups=(5,), methods=("freeze", "bitfit", "norm", "lora", "lora+bitfit"))
+    with pytest.raises(UsageError, match="more than 100,000 points"):
+        search(flat, huge, out=tmp_path, strategy="grid", n_trials=5)
+
+
+def test_a_full_disk_ends_a_search_and_its_trial_is_tried_again(tmp_path: Path) -> None:
+    full = [True]
+
+    def objective(values: Mapping[str, Any], report: Report) -> Outcome:
+        if full[0]:
+            raise OutputError("Cannot write: no space left.")
+        return flat(values, report)
+
+    with pytest.raises(OutputError, match="no space"):
+        search(objective, SPACE, out=tmp_path, strategy="random", n_trials=3)
+    full[0] = False
+    result = search(objective, SPACE, out=tmp_path, strategy="random", n_trials=3)
+    assert result.to_pandas()["state"].tolist() == ["complete"] * 3

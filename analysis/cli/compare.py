@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from analysis.cli.invocation import command_line
 from analysis.cli.probe import _references
 from analysis.cli.train import _tasks, read_training_data
 
@@ -149,8 +150,6 @@ def compare(
 
     Hidden states below the first changed block are neither computed nor probed again. Writes tables and a page.
     """
-    import shlex
-
     from analysis.comparing import compare as run_compare
     from analysis.comparison_report import write_comparison_report
     from analysis.comparison_rows import cause_rows, erasure_rows, markdown, sequence_rows, use_rows
@@ -167,7 +166,7 @@ def compare(
             refit_on=refit_on, lens=lens, data=given, cause_items=cause_items, use_items=use_items,
             erase=_listed(erase) or (), shapley=shapley, sequence=_listed(sequence), device=device, dtype=dtype,
             cache_dir=cache_dir, offline=offline, allow_pickle=allow_pickle, out=out, quiet=quiet,
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=command_line(),
         )  # fmt: skip
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted. What was finished is kept; the same command goes on.\n")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from analysis.cli.train import AllowPickle, Debug, Device, Json, Offline, Quiet, _command
+from analysis.cli.invocation import command_line
+from analysis.cli.train import AllowPickle, Debug, Device, Json, Offline, Quiet
 
 if TYPE_CHECKING:
     from spafit.glue_plan import GluePlan
@@ -83,7 +84,7 @@ def glue(
     try:
         result = run_glue(
             chosen, data=data, out=folder, device=device, offline=offline, allow_pickle=allow_pickle, resume=resume,
-            command=_command(), quiet=quiet,
+            command=command_line(), quiet=quiet,
         )  # fmt: skip
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted. Finished cells and the last checkpoint are kept; the same command goes on.\n")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from analysis.cli.invocation import command_line
 
 EXAMPLES = """
 Examples:
@@ -101,7 +102,7 @@ def localize(
             figure = plot_runs(found).get_figure(root=True)
         assert figure is not None
         written.append(plotting.save_figure(figure, out / "localization.png"))
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = command_line()
     record = {"runs": [str(r) for r in runs or ()], "causal": [str(c) for c in causal or ()], "seed": seed}
     io.write_json(
         out / "run.json",

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from analysis.cli.invocation import command_line
+
 if TYPE_CHECKING:
     from analysis.interpretation import Interpretation
     from probing.config import ProbeConfig
@@ -260,7 +262,7 @@ def _run(
         extract_shard(plan, shard, quiet=quiet)
         typer.echo(f"Part {shard[0]} of {shard[1]} of the states is in the cache. Run without --shard when all are.")
         return None
-    results = run_plan(plan, command=_command(), quiet=quiet)
+    results = run_plan(plan, command=command_line(), quiet=quiet)
     interpretation = interpret(results)
     if json_output:
         import json
@@ -304,12 +306,6 @@ def _print(results: ProbeResults, interpretation: Interpretation) -> None:
     for note in results.run["warnings"]:
         typer.echo(f"Note:    {note}")
     typer.echo("Written:\n" + "\n".join(f"  {p}" for p in interpretation.paths))
-
-
-def _command() -> str:
-    import shlex
-
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _folder(out: str | None, model: str | None, number: int) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from analysis.cli.invocation import command_line
 from analysis.cli.suggest import read_budget
 from analysis.cli.train import (
     AllowPickle,
@@ -19,14 +20,20 @@ from analysis.cli.train import (
     GlueTask,
     Json,
     LabelColumn,
+    MaxLength,
+    MaxTrain,
     Model,
     NoHeader,
     Offline,
     Quiet,
+    Regression,
     Revision,
     SkipBadRows,
+    Test,
     Text2Column,
     TextColumn,
+    TrainTable,
+    Validation,
 )
 
 if TYPE_CHECKING:
@@ -58,16 +65,16 @@ def search(
     data: Data = None,
     file: Files = None,
     skip_bad_rows: SkipBadRows = False,
-    train_file: Annotated[Path | None, typer.Option("--train", help="A table to train on.")] = None,
-    validation: Annotated[Path | None, typer.Option("--validation", help="A table to confirm the best on.")] = None,
-    test: Annotated[Path | None, typer.Option("--test", help="A further table.")] = None,
+    train_file: TrainTable = None,
+    validation: Validation = None,
+    test: Test = None,
     text: TextColumn = "text",
     text2: Text2Column = None,
     label: LabelColumn = "label",
-    regression: Annotated[bool, typer.Option("--regression", help="Labels are numbers to predict.")] = False,
+    regression: Regression = False,
     no_header: NoHeader = False,
-    max_train: Annotated[int | None, typer.Option("--max-train", help="Training items used, stratified.")] = None,
-    max_length: Annotated[int, typer.Option("--max-length", help="Tokens kept of each item.")] = 128,
+    max_train: MaxTrain = None,
+    max_length: MaxLength = 128,
     recipe: Annotated[
         str | None, _option(_SEARCH, "--recipe", help="Starting point by name. Default: the first that fits the task.")
     ] = None,
@@ -121,7 +128,6 @@ def search(
     """
     from analysis.cli.train import read_training_data
     from spafit import io
-    from spafit.adapt import count_trainable
     from spafit.errors import UsageError
     from spafit.heads import build_without_weights
     from spafit.settings import TrainSettings
@@ -129,6 +135,7 @@ def search(
     from spafit.strata import StrataConfig
     from spafit.tuning.crossval import folds
     from spafit.tuning.objective import PlanObjective
+    from spafit.tuning.ray_backend import grid_configurations
     from spafit.tuning.recipes import recipe_for
     from spafit.tuning.searching import search as run_search
     from spafit.tuning.space import SearchSpace
@@ -187,19 +194,21 @@ def search(
     if seeds and given.scored_splits:
         official = given.scored_splits[0]
         whole = replace(given, frames={s: given.frames[s] for s in ("train", official)}, digests={})
-        confirm = _Confirm(replace(objective, folds=(whole,)), out / "confirmed", official)
+        confirm = Confirm(replace(objective, folds=(whole,)), out / "confirmed", official)
+    wanted_trials = trials or start.trials
     if not quiet:
         sys.stderr.write(
-            f"Search: {start.name} ({start.source})\n{trials or start.trials} trials of {len(objective.folds)} folds, "
+            f"Search: {start.name} ({start.source})\n{wanted_trials} trials of {len(objective.folds)} folds, "
             f"{settings.epochs:g} epochs of about {len(objective.folds[0].frames['train'])} items each; "
-            f"{len(queued)} first trial(s); parameters of the scaled preset: "
-            f"{count_trainable(empty, StrataConfig.preset('spafit-scaled-I', blocks=dict(plans.blocks))):,}\n"
-            if not any(not s.bias_roles for s in stacks) else f"Search: {start.name}\n"
-        )  # fmt: skip
+            f"{len(queued)} first trial(s).\n"
+        )
+        points = len(grid_configurations(plans.parameters())) if strategy == "grid" else 0
+        if points > wanted_trials:
+            sys.stderr.write(f"The grid has {points:,} points, and --trials stops at {wanted_trials:,}.\n")
     result = run_search(
-        objective, plans, out=out, strategy=strategy, backend=backend, n_trials=trials or start.trials, first=queued,
-        objectives=wanted, confirm=confirm, confirm_seeds=range(1000, 1000 + seeds), seed=seed, workers=workers,
-        prune=prune, storage=storage, command=_command(),
+        objective, plans, out=out, strategy=strategy, backend=backend, n_trials=wanted_trials, first=queued,
+        objectives=wanted, confirm=confirm, confirm_seeds=range(1000, 1000 + seeds), depends_on=objective.record(),
+        seed=seed, workers=workers, prune=prune, storage=storage, command=command_line(),
     )  # fmt: skip
     if json_output:
         import json
@@ -211,20 +220,22 @@ def search(
     typer.echo("\nWritten:\n" + "\n".join(f"  {out / n}" for n in names if (out / n).is_file()))
 
 
-class _Confirm:
+class Confirm:
     """The best values trained on all training items with a fresh seed, scored on the official split."""
 
     def __init__(self, objective: Any, folder: Path, split: str):
         self.objective, self.folder, self.split = objective, folder, split
 
     def __call__(self, values: Any, seed: int) -> float:
+        """The headline on the official split."""
         from spafit.training import fit
+        from spafit.tuning.objective import measured
 
-        o = self.objective
+        o, place = self.objective, self.folder / measured(values) / f"seed-{seed}"
         config, changes = o.space.decode(values)
         result = fit(
             o.model, config, data=o.folds[0], settings=replace(o.settings, select_share=0, patience=0, **changes),
-            seeds=(seed,), out=self.folder / f"seed-{seed}", method="best of the search", device=o.device,
+            seeds=(seed,), out=place, method="best of the search", device=o.device,
             revision=o.revision, offline=o.offline, allow_pickle=o.allow_pickle, quiet=True,
         )  # fmt: skip
         rows = result.runs[(result.runs["split"] == self.split) & (result.runs["metric"] == "headline")]
@@ -256,9 +267,3 @@ def _at_rank(plan: Any, rank: int) -> Any:
         s if s.lora is None else replace(s, lora=LoraOptions(rank, targets=s.lora.targets)) for s in plan.strata
     )
     return replace(plan, strata=strata)
-
-
-def _command() -> str:
-    import shlex
-
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from analysis.cli.invocation import command_line
 from analysis.cli.train import (
     AllowPickle,
     Data,
@@ -17,20 +17,27 @@ from analysis.cli.train import (
     GlueTask,
     Json,
     LabelColumn,
+    MaxLength,
+    MaxTrain,
     Model,
     NoHeader,
     Offline,
     Quiet,
+    Regression,
     Revision,
     SkipBadRows,
+    Test,
     Text2Column,
     TextColumn,
+    TrainTable,
+    Validation,
 )
 
 if TYPE_CHECKING:
     from analysis.abilities import Abilities
     from analysis.race_result import RaceResult
     from analysis.strata_suggestion import StrataSuggestion
+    from probing.results import ProbeResults
     from spafit.data.training import TrainData
 
 EXAMPLES = """
@@ -82,16 +89,16 @@ def suggest(
     data: Data = None,
     file: Files = None,
     skip_bad_rows: SkipBadRows = False,
-    train_file: Annotated[Path | None, typer.Option("--train", help="A table to train on.")] = None,
-    validation: Annotated[Path | None, typer.Option("--validation", help="A table that a race confirms on.")] = None,
-    test: Annotated[Path | None, typer.Option("--test", help="A further table.")] = None,
+    train_file: TrainTable = None,
+    validation: Validation = None,
+    test: Test = None,
     text: TextColumn = "text",
     text2: Text2Column = None,
     label: LabelColumn = "label",
-    regression: Annotated[bool, typer.Option("--regression", help="Labels are numbers to predict.")] = False,
+    regression: Regression = False,
     no_header: NoHeader = False,
-    max_train: Annotated[int | None, typer.Option("--max-train", help="Training items used, stratified.")] = None,
-    max_length: Annotated[int, typer.Option("--max-length", help="Tokens kept of each item.")] = 128,
+    max_train: MaxTrain = None,
+    max_length: MaxLength = 128,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Items per step.")] = 16,
     keep: Annotated[
         str, _option(_PILOT, "--keep", help="Probing tasks that should not be forgotten, between commas.")
@@ -172,7 +179,7 @@ def suggest(
         kept = _abilities(reference, keep, keep_text, keep_blimp, keep_items, offline=offline,
                           allow_pickle=allow_pickle)  # fmt: skip
         suggestion, result = _pilot_and_race(
-            reference, given_data, kept, probed, methods=methods, budget=limit, tolerance=tolerance,
+            reference, given_data, kept, probed, loaded, methods=methods, budget=limit, tolerance=tolerance,
             adapter_type=adapter_type, out=out, pilot={"epochs": pilot_epochs, "seeds": pilot_seeds}, race=race,
             racing={"epochs": epochs, "minutes": minutes, "seeds": race_seeds, "confirm": confirm_seeds,
                     "short_list": short_list},
@@ -260,7 +267,8 @@ def _abilities(
 
 
 def _pilot_and_race(
-    reference: str | None, data: TrainData, kept: Abilities, probed: dict[str, StrataSuggestion], *,
+    reference: str | None, data: TrainData, kept: Abilities, probed: dict[str, StrataSuggestion],
+    runs: list[ProbeResults], *,
     methods: tuple[str, ...], budget: tuple[float, bool] | None, tolerance: str | None, adapter_type: Any, out: Path,
     pilot: dict[str, Any], race: bool, racing: dict[str, Any], loop: dict[str, Any], seed: int, device: str,
     quiet: bool, found: dict[str, Any],
@@ -275,13 +283,21 @@ def _pilot_and_race(
     from spafit.errors import UsageError
     from spafit.heads import load_with_head
     from spafit.settings import TrainSettings
+    from spafit.stacks import find_stacks
 
     if len(methods) < 2:
         raise UsageError("A pilot chooses boundaries, and one stratum has none. Name two to five strata.")
-    command = _command()
+    command = command_line()
     shared: dict[str, Any] = {"device": device, "command": command, "quiet": quiet, **found}
     headed = load_with_head(reference, labels=data.labels, regression=data.regression, seed=0, **found)
     limit = None if budget is None else _budget(budget, headed.model)
+    roles = find_stacks(headed.model)[0].bias_roles
+    if limit is not None:
+        _check_budget(limit, headed, on_model(methods, roles), adapter_type)
+    if tolerance is not None:
+        tolerance_in(tolerance, unit=kept.unit, before=-1.0)  # its form and unit, before anything trains
+    if probed:
+        _check_same_model(reference, runs, found)
     measured = run_pilot(
         reference, data, abilities=kept, out=out / "pilot", methods=[m for m in methods if m != "freeze"],
         adapter_type=adapter_type, settings=TrainSettings(epochs=pilot["epochs"], select_share=0, **loop),
@@ -293,7 +309,7 @@ def _pilot_and_race(
         before = BlockEvidence.from_pilot(measured, n_boot=20).before
         most = tolerance_in(tolerance, unit=measured.run["unit"], before=before)
     suggestion = suggest_from_pilot(
-        measured, strata=on_model(methods, measured.run["bias_roles"]), budget=limit, tolerance=most,
+        measured, strata=on_model(methods, roles), budget=limit, tolerance=most,
         probing=probed.get(measured.run["stack"]), seed=seed,
         missing_pooler=any("pooler" in name for name in headed.missing),
     )  # fmt: skip
@@ -301,7 +317,7 @@ def _pilot_and_race(
         return suggestion, None
     relative = measured.relative_gradients()
     candidates = [
-        *suggested_candidates(suggestion, n=racing["short_list"], bias_roles=measured.run["bias_roles"],
+        *suggested_candidates(suggestion, n=racing["short_list"], bias_roles=roles,
                               adapter_type=adapter_type, probing=probed.get(measured.run["stack"])),
         *standard_baselines(suggestion.config, headed.model, missing=headed.missing, relative_gradients=relative,
                             remedies=["l2sp:0.1"] if tolerance is not None else ()),
@@ -314,6 +330,40 @@ def _pilot_and_race(
         time_budget=None if racing["minutes"] is None else 60 * racing["minutes"], **shared,
     )  # fmt: skip
     return suggestion, result
+
+
+def _check_budget(limit: int, headed: Any, methods: tuple[str, ...], adapter_type: Any) -> None:
+    """Refuse a budget that no placement keeps, before the pilot trains."""
+    from analysis.placed_strata import placed_strata
+    from spafit.adapt import count_trainable, with_missing_pooler
+    from spafit.errors import UsageError
+    from spafit.stacks import find_stacks
+
+    stack = find_stacks(headed.model)[0]
+    place: dict[str, Any] = {
+        "stack": stack.name, "num_blocks": stack.num_blocks, "bias_roles": stack.bias_roles,
+        "adapter_type": adapter_type,
+    }  # fmt: skip
+    plans = (with_missing_pooler(headed.model, placed_strata([m], [], **place), headed.missing) for m in methods)
+    smallest = min(count_trainable(headed.model, plan) for plan in plans)
+    if limit < smallest:
+        raise UsageError(
+            f"A budget of {limit:,} parameters is less than the smallest plan of these strata trains: {smallest:,}. "
+            "Give at least that."
+        )
+
+
+def _check_same_model(reference: str | None, runs: list[ProbeResults], found: dict[str, Any]) -> None:
+    """Refuse probing runs of another model than the one that will be trained."""
+    from spafit.errors import UsageError
+    from spafit.models import load_model
+
+    loaded, probed = load_model(reference, **found), runs[0].run["model"]
+    if loaded.weights_digest != probed["weights_digest"]:
+        raise UsageError(
+            f"The evidence is from two different models: {runs[0].folder} is of {probed['name']}, and {loaded.name} "
+            "would be trained (other weights). Give runs of the model that is trained."
+        )
 
 
 def _write(suggestions: dict[str, StrataSuggestion], config: Any, result: RaceResult | None, out: Path) -> list[Path]:
@@ -338,9 +388,3 @@ def _write(suggestions: dict[str, StrataSuggestion], config: Any, result: RaceRe
         assert figure is not None
         written += [out / "race.md", plotting.save_figure(figure, out / "race.png"), result.folder / "trials.csv"]
     return written
-
-
-def _command() -> str:
-    import shlex
-
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from analysis.cli.invocation import command_line
 
 EXAMPLES = """
 Example:
@@ -52,7 +52,7 @@ def tradeoff(
     io.write_json(
         out / "run.json",
         {
-            "schema_version": io.SCHEMA_VERSION, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "schema_version": io.SCHEMA_VERSION, "command": command_line(),
             "comparisons": [str(c) for c in comparisons], "tasks": chosen, "split": split, "metric": metric,
             "control": control, "n_boot": n_boot, **provenance(),
         },

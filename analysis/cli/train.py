@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from analysis.cli.invocation import command_line
+
 if TYPE_CHECKING:
     from spafit.data.training import TrainData
     from spafit.fit_result import FitResult
@@ -66,6 +68,14 @@ TextColumn = Annotated[str, _option(_DATA, "--text", help="Column of the text.")
 Text2Column = Annotated[str | None, _option(_DATA, "--text2", help="Column of a pair's second text.")]
 LabelColumn = Annotated[str, _option(_DATA, "--label", help="Column of the label.")]
 NoHeader = Annotated[bool, _option(_DATA, "--no-header", help="The table has no header; columns are numbers from 0.")]
+TrainTable = Annotated[Path | None, _option(_DATA, "--train", help="A table (TSV, CSV, JSONL, parquet) to train on.")]
+Validation = Annotated[
+    Path | None, _option(_DATA, "--validation", help="A table to score on; default: a fifth of --train.")
+]
+Test = Annotated[Path | None, _option(_DATA, "--test", help="A further table to score on.")]
+Regression = Annotated[bool, _option(_DATA, "--regression", help="Labels are numbers to predict.")]
+MaxTrain = Annotated[int | None, _option(_DATA, "--max-train", help="Training items kept, stratified.")]
+MaxLength = Annotated[int, _option(_DATA, "--max-length", help="Tokens kept of each item.")]
 Device = Annotated[str, _option(_LOOP, "--device", help="Torch device; default: the first of cuda, mps, cpu.")]
 Quiet = Annotated[bool, _option(_OUT, "--quiet", "-q", help="No progress on stderr.")]
 Json = Annotated[bool, _option(_OUT, "--json", help="Print JSON instead of the table.")]
@@ -101,23 +111,19 @@ def train(
     data: Data = None,
     file: Files = None,
     skip_bad_rows: SkipBadRows = False,
-    train_file: Annotated[
-        Path | None, _option(_DATA, "--train", help="A table (TSV, CSV, JSONL, parquet) to train on.")
-    ] = None,
-    validation: Annotated[
-        Path | None, _option(_DATA, "--validation", help="A table to score on; default: a fifth of --train.")
-    ] = None,
-    test: Annotated[Path | None, _option(_DATA, "--test", help="A further table to score on.")] = None,
+    train_file: TrainTable = None,
+    validation: Validation = None,
+    test: Test = None,
     text: TextColumn = "text",
     text2: Text2Column = None,
     label: LabelColumn = "label",
-    regression: Annotated[bool, _option(_DATA, "--regression", help="Labels are numbers to predict.")] = False,
+    regression: Regression = False,
     no_header: NoHeader = False,
     metric: Annotated[
         list[str] | None, _option(_DATA, "--metric", help="What to score with; repeat for several.")
     ] = None,
-    max_train: Annotated[int | None, _option(_DATA, "--max-train", help="Training items kept, stratified.")] = None,
-    max_length: Annotated[int, _option(_DATA, "--max-length", help="Tokens kept of each item.")] = 128,
+    max_train: MaxTrain = None,
+    max_length: MaxLength = 128,
     seeds: Annotated[int, _option(_LOOP, "--seeds", min=1, help="How many seeds.")] = 1,
     epochs: Annotated[float, _option(_LOOP, "--epochs", help="Passes over the training items.")] = 3.0,
     batch_size: Annotated[int, _option(_LOOP, "--batch-size", help="Items per step and process.")] = 16,
@@ -257,7 +263,7 @@ def train(
         result = fit(
             model, plan, data=given, settings=settings, seeds=tuple(range(seeds)), out=folder,
             remedies=remedies, signals=signals, method=name, device=device, revision=revision,
-            offline=offline, allow_pickle=allow_pickle, resume=resume, command=_command(), quiet=quiet,
+            offline=offline, allow_pickle=allow_pickle, resume=resume, command=command_line(), quiet=quiet,
         )  # fmt: skip
     except KeyboardInterrupt:
         kept = any(folder.glob("seed-*/checkpoint-*")) or any(folder.glob("seed-*/model"))
@@ -412,9 +418,3 @@ def _choice(option: str, value: str, name: str) -> Any:
             f"{option} {value!r} is not known. Allowed: {', '.join(allowed)}.{did_you_mean(value, allowed)}"
         )
     return value
-
-
-def _command() -> str:
-    import shlex
-
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,14 @@ class PlanObjective:
         if self.max_forgetting is not None:
             constraints["forgetting"] = float(np.mean(lost)) - self.max_forgetting
         return Outcome(objectives, constraints, details)
+
+    def record(self) -> list[object]:
+        """What outcomes depend on beside the values; see ``depends_on`` of :func:`spafit.search`."""
+        limits = self.max_parameters, self.max_memory, self.max_forgetting
+        settings = {k: v for k, v in self.settings.to_dict().items() if k not in ("track", "log_steps", "workers")}
+        measure = self.forgetting
+        name = repr(measure) if is_dataclass(measure) else getattr(measure, "__qualname__", type(measure).__qualname__)
+        return [self.model, self.revision, [f.digest for f in self.folds], settings, self.seed, limits, name]
 
     def count(self, config: StrataConfig) -> int:
         """Parameters that a plan trains on the model."""

@@ -256,6 +256,8 @@ def _one(
     except Pruned:
         study.tell(trial, state=state.PRUNED)
         return
+    except OutputError:  # nor can the next trial be written; this one stays under way, and is tried again
+        raise
     except Exception as error:  # one configuration's defect must not end the others' search
         trial.set_user_attr("error", (str(error).splitlines() or [type(error).__name__])[0])
         study.tell(trial, state=state.FAIL)

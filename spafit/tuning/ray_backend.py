@@ -23,6 +23,10 @@ from spafit.tuning.ray_session import import_tune, local_ray, one_thread, quiet_
 _FAILED = -4e12
 
 
+#: Points of a grid, at most: they are listed before the first is evaluated.
+MOST_POINTS = 100_000
+
+
 def run_ray(
     parameters: Sequence[Parameter],
     evaluate: Evaluate,
@@ -128,6 +132,11 @@ def grid_configurations(parameters: Sequence[Parameter]) -> list[dict[str, Any]]
     """
     configurations: list[dict[str, Any]] = [{}]
     for parameter in parameters:
+        if len(configurations) > MOST_POINTS:
+            raise UsageError(
+                f"The grid has more than {MOST_POINTS:,} points. Narrow the space (fewer groups, methods, ranks or "
+                "rates), or search at random or by TPE."
+            )
         points = parameter.grid or parameter.choices
         if not points and parameter.kind == "integer":
             points = tuple(range(int(parameter.low), int(parameter.high) + 1))

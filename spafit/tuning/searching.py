@@ -81,6 +81,8 @@ class Recording:
         except Pruned:
             write("pruned", None)
             raise
+        except OutputError:  # a full disk says nothing of the configuration: it is tried again
+            raise
         except Exception as error:
             write("failed", None, (str(error).splitlines() or [type(error).__name__])[0])
             raise
@@ -100,6 +102,7 @@ def search(
     objectives: Sequence[str] = ("quality",),
     confirm: Confirm | None = None,
     confirm_seeds: Sequence[int] = (1000, 1001, 1002),
+    depends_on: Sequence[object] = (),
     seed: int = 0,
     workers: int = 1,
     prune: bool = False,
@@ -123,6 +126,8 @@ def search(
         objectives: names that the outcome has, all maximised; the first one decides which trial is best.
         confirm: evaluates the best values with a seed, on data that the search did not see; None leaves it out.
         confirm_seeds: for ``confirm``.
+        depends_on: what the outcomes depend on beside the values, such as the data and the settings: a folder with the
+            trials of something else is refused, since finished trials are never evaluated again.
         seed: of the strategy.
         workers: trials at a time (Ray). For Optuna start the same command several times.
         prune: give up trials that will not win, by what is reported for each fold.
@@ -142,10 +147,10 @@ def search(
     check_parameters(parameters)
     queued = [active_values(parameters, values) for values in first]
     folder = Path(out)
-    key = io.content_digest([repr(p) for p in parameters])
+    key = io.content_digest([*map(repr, parameters), *map(repr, depends_on)])
     record = folder / "search.json"
     if record.is_file() and io.read_json(record)["key"] != key:
-        raise OutputError(f"{folder} holds the search of another space. Choose another --out.")
+        raise OutputError(f"{folder} holds the search of another space, data or settings. Choose another --out.")
     if not record.is_file():
         io.write_json(record, {"key": key, "status": "running"})
     module, name = BACKENDS[backend]

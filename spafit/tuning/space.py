@@ -186,6 +186,8 @@ class SearchSpace:
     def encode(self, config: StrataConfig, *, learning_rate: float | None = None) -> dict[str, Any]:
         """Values of a plan, so that it can be a first trial; rates outside the space go to its nearer end.
 
+        What trains outside the blocks is the space's, whatever the plan says.
+
         Args:
             config: strata, ranks and types that the space has.
             learning_rate: of methods whose strata name none; None takes the geometric middle of each range.
@@ -232,7 +234,13 @@ class SearchSpace:
             values.setdefault("type", self.types[0])
             values.setdefault("dropout", self.dropout[0])
         known = {p.name for p in self.parameters()}
-        return active_values(self.parameters(), {k: v for k, v in values.items() if k in known})
+        found = active_values(self.parameters(), {k: v for k, v in values.items() if k in known})
+        if _shape(self.decode(found)[0]) != _shape(config):
+            raise UsageError(
+                "The plan's methods do not grow with depth, and the space asks for that. Set growing: false, or leave "
+                "the plan out."
+            )
+        return found
 
     def _listed(self, value: Any, allowed: Sequence[Any], what: str) -> Any:
         if value not in allowed:
@@ -278,6 +286,12 @@ class SearchSpace:
             else:
                 changes[name] = tuple(entries(value, (name,)))
         return replace(self, **changes)
+
+
+def _shape(config: StrataConfig) -> list[tuple[Any, ...]]:
+    """Where each method stands, at which rank."""
+    rows = [(s.stack, s.blocks, s.method, s.lora.rank if s.lora else None) for s in config.strata]
+    return sorted(rows, key=lambda r: r[:2])
 
 
 _FIELDS = ("groups", "methods", "growing", "ranks", "alphas", "dropout", "rates", "types")
