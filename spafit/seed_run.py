@@ -18,7 +18,7 @@ import pandas as pd
 from spafit import io
 from spafit.data.sampling import hold_out
 from spafit.data.training import TrainData
-from spafit.errors import OutputError, UsageError
+from spafit.errors import ModelError, OutputError, UsageError
 from spafit.fit_result import INTERPOLATION_COLUMNS, RUN_COLUMNS, table_if_there
 from spafit.predictions import predict_logits, predicted, write_scores
 from spafit.processes import Processes
@@ -60,6 +60,7 @@ class Job:
     quiet: bool
     processes: Processes
     prefix_folder: Path | None = None
+    start: Path | None = None
 
 
 def train_seed(job: Job, seed: int) -> dict[str, Any]:
@@ -87,6 +88,7 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
     settings = job.settings.for_plan(plan)
     with torch_seed(seed, "adapter"):  # PEFT draws its matrices from torch's own generator
         stratified = apply_strata(headed.model, plan)
+    began = _begin_with(stratified, job.start)
     content = plan.to_dict()
     content.pop("provenance", None)
     numeric = {k: v for k, v in settings.to_dict().items() if k not in _NOT_NUMERIC}
@@ -102,6 +104,7 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
             kind,
             processes.count,
             [repr(r) for r in job.remedies],
+            *began,
         ]
     )
     record = folder / "run.json"
@@ -164,6 +167,20 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
     _release(kind)
     processes.wait()
     return _finished(folder, kept=False)
+
+
+def _begin_with(stratified: StratifiedModel, folder: Path | None) -> list[str]:
+    """Put the weights of an earlier training into the model; gives what tells them apart from others."""
+    from spafit.checkpoint import WEIGHTS_FILE, base_digest, read_config
+    from spafit.trainer import load_weights
+
+    if folder is None:
+        return []
+    base = read_config(folder)["base"]
+    if base["digest"] != base_digest(stratified):
+        raise ModelError(f"{folder} was trained on another base ({base.get('reference')}). Give one of the same base.")
+    load_weights(stratified, folder)
+    return [io.file_digest(p) for p in sorted(folder.glob("model*.safetensors")) or [folder / WEIGHTS_FILE]]
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -36,6 +36,7 @@ def fit(
     remedies: Sequence[PricedRemedy] = (),
     signals: Sequence[Signal] = (),
     prefix_folder: str | Path | None = None,
+    start: str | Path | None = None,
     method: str | None = None,
     device: str = "auto",
     revision: str | None = None,
@@ -66,6 +67,8 @@ def fit(
             that finished without a signal has none, which is said on stderr; ``resume=False`` trains it anew.
         prefix_folder: where the frozen prefix's outputs are kept for several calls; those with equal training items,
             base and frozen blocks then share them. None keeps them in the seed's folder while it trains.
+        start: folder of a model that this plan trained before on the same base (``FitResult.model_folder``): training
+            begins with its weights and a fresh optimiser. None begins with the base.
         method: what tables call the plan; by default the preset's name or the plan's source, and the remedies.
         device: kind of torch device; ``auto`` takes the first of cuda, mps, cpu.
         revision: branch, tag or commit of a hub model.
@@ -94,7 +97,7 @@ def fit(
     job = Job(
         model, config, data, settings, Path(out), tuple(remedies), tuple(signals), name, revision,
         offline, allow_pickle, resume, command or "spafit.fit", quiet or not processes.first, processes,
-        None if prefix_folder is None else Path(prefix_folder),
+        None if prefix_folder is None else Path(prefix_folder), None if start is None else Path(start),
     )  # fmt: skip
     try:
         done = [train_seed(job, seed) for seed in seeds]

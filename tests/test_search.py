@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import combinations_with_replacement
@@ -19,24 +21,28 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from analysis.cli.main import app
 from analysis.cli.search import Confirm
 from spafit.data.training import TrainData
-from spafit.errors import ConfigError, OutputError, UsageError
+from spafit.errors import ConfigError, ModelError, OutputError, UsageError
 from spafit.presets import preset_config
 from spafit.settings import TrainSettings
+from spafit.training import fit
 from spafit.tuning import recipes
 from spafit.tuning.crossval import folds
 from spafit.tuning.objective import PlanObjective, measured
 from spafit.tuning.parameters import Outcome, Parameter, Report
+from spafit.tuning.population import PlanStep, search_population
 from spafit.tuning.recipes import read_recipes, recipe_for
 from spafit.tuning.search_result import SearchResult
 from spafit.tuning.searching import search
 from spafit.tuning.space import SearchSpace
 from tests.tiny import BLOCKS, save_tiny
-from tests.training_fixtures import task
+from tests.training_fixtures import PLAN, QUICK, task
 
 matplotlib.use("agg")
 SPACE = SearchSpace({"encoder": 6}, groups=(1, 2, 3), ranks=(4, 16, 64))
@@ -316,9 +322,40 @@ def test_a_killed_search_goes_on_and_repeats_no_finished_trial(tmp_path: Path) -
     after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "trials").glob("*.json")}
     assert len(after) >= len(before) + 9
     assert all(after[name] == stamp for name, stamp in before.items())
-    lines = (tmp_path / "evaluations.txt").read_text().splitlines()
-    assert len(lines) == len(set(lines))
+    # What was evaluated but not yet on record when the process was killed is evaluated again, and nothing else.
+    lines = Counter((tmp_path / "evaluations.txt").read_text().splitlines())
+    finished = [repr(sorted(json.loads((tmp_path / "trials" / name).read_text())["values"].items())) for name in before]
+    assert [lines[values] for values in finished] == [1] * len(finished)
+    assert lines.total() <= len(lines) + 1
     assert json.loads((tmp_path / "search.json").read_text())["status"] == "complete"
+
+
+WITH_CONFIRMATION = SCRIPT.replace(
+    "**json.loads(sys.argv[3]))",
+    "confirm=lambda values, seed: confirmed(values, seed), confirm_seeds=(7, 8), **json.loads(sys.argv[3]))",
+).replace(
+    "search(slow",
+    """
+def confirmed(values, seed):
+    with (Path(sys.argv[1]) / "confirmed.txt").open("a") as f:
+        f.write(json.dumps(values) + "\\n")
+    return 0.5
+
+search(slow""",
+)
+
+
+def test_of_two_workers_the_last_confirms_and_what_it_confirms_is_the_best_of_both(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITH_CONFIRMATION, str(tmp_path), "24", "{}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    workers = [subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [w.wait(timeout=120) for w in workers] == [0, 0]
+    result = SearchResult.load(tmp_path, replace(SPACE, groups=(3,)))
+    assert result.run["status"] == "complete"
+    assert [c["seed"] for c in result.run["confirmed"]] == [7, 8]
+    said = {line for line in (tmp_path / "confirmed.txt").read_text().splitlines()}
+    assert [json.loads(line) for line in said] == [result.best]
+    assert result.chosen == max(r.outcome.objectives["quality"] for r in result.records if r.outcome is not None)
 
 
 def test_bad_searches_are_refused_in_a_sentence(tmp_path: Path) -> None:
@@ -370,6 +407,91 @@ def test_plans_are_trained_over_folds_within_a_limit_and_adapters_kept(tmp_path:
 
 
 # ---------------------------------------------------------------- recipes and the command
+
+
+@pytest.fixture(scope="module")
+def population_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model's population; its rates and dropout change."""
+    pytest.importorskip("ray")
+    folder = tmp_path_factory.mktemp("population")
+    save_tiny("bert", folder / "bert")
+    search_population(*population_of(folder), **POPULATION, out=folder / "out")
+    return folder
+
+
+POPULATION: dict[str, Any] = {"population": 4, "intervals": 3, "workers": 1, "confirm_seeds": (5,)}
+
+
+def population_of(folder: Path) -> tuple[PlanObjective, dict[str, Any]]:
+    rates = {"low-rank": (1e-3, 2e-2), "bias": (1e-3, 2e-2)}
+    space = SearchSpace({"encoder": BLOCKS}, ranks=(2,), rates=rates, dropout=(0.0, 0.3))
+    objective = PlanObjective(
+        space, str(folder / "bert"), folds(task(40), 2), TrainSettings(epochs=1, batch_size=8, max_length=16),
+        folder / "unused", device="cpu",
+    )  # fmt: skip
+    return objective, space.encode(_ranked(preset_config("spafit-scaled-I", blocks=BLOCKS), 2))
+
+
+def _ranked(plan: Any, rank: int) -> Any:
+    return replace(
+        plan,
+        strata=tuple(
+            s if s.lora is None else replace(s, lora=replace(s.lora, rank=rank, alpha=rank)) for s in plan.strata
+        ),
+    )
+
+
+def intervals_of(folder: Path) -> dict[Path, int]:
+    """Trained intervals, and when they were written."""
+    return {p: p.stat().st_mtime_ns for p in (folder / "out" / "trained").rglob("adapter_model.safetensors")}
+
+
+def test_a_population_is_kept_and_its_best_course_gives_the_best_score_again(population_folder: Path) -> None:
+    objective, plan = population_of(population_folder)
+    result = SearchResult.load(population_folder / "out", objective.space)
+    assert len(result.records) == 4
+    course = result.run["best"]["course"]
+    assert [set(values) for values in course] == [{"rate.bias", "rate.low-rank", "dropout"}] * 3
+    assert pd.read_csv(population_folder / "out" / "course.csv")["epoch"].tolist() == [0, 1, 2]
+    step = PlanStep(objective, plan, population_folder / "again")
+    assert step.replay(course, seed=0, data=objective.folds[0], split="fold") == result.chosen
+    trained = intervals_of(population_folder)
+    assert len(trained) >= 4 + 3 + 3
+    again = search_population(objective, plan, **POPULATION, out=population_folder / "out")
+    assert again.run["best"] == result.run["best"]
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in trained.items())
+
+
+def test_an_interrupted_population_trains_no_finished_interval_again(population_folder: Path) -> None:
+    """As after a kill: no record of the population, the trained intervals still there."""
+    objective, plan = population_of(population_folder)
+    before = SearchResult.load(population_folder / "out", objective.space).run["best"]
+    trained = intervals_of(population_folder)
+    shutil.rmtree(population_folder / "out" / "population")
+    again = search_population(objective, plan, **POPULATION, out=population_folder / "out")
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in trained.items())
+    assert again.run["best"] == before  # with one worker; several end in an order of their own
+
+
+def test_training_goes_on_from_a_model_of_the_same_plan_and_base_alone(tmp_path: Path) -> None:
+    save_tiny("bert", tmp_path / "bert")
+    quick = replace(QUICK, epochs=1)
+    first = fit(str(tmp_path / "bert"), PLAN, data=task(), settings=quick, out=tmp_path / "one", quiet=True)
+    still = replace(quick, learning_rate=1e-12, weight_decay=0.0)
+    options: dict[str, Any] = {"data": task(), "quiet": True}
+    begin = first.model_folder(0)
+    same = fit(str(tmp_path / "bert"), PLAN, settings=still, start=begin, out=tmp_path / "two", **options)
+    base = fit(str(tmp_path / "bert"), PLAN, settings=still, out=tmp_path / "three", **options)
+    weights = [load_file(r.model_folder(0) / "adapter_model.safetensors") for r in (first, same, base)]
+    assert all(torch.allclose(weights[0][n], t, atol=1e-6) for n, t in weights[1].items())
+    assert not all(torch.allclose(weights[0][n], t, atol=1e-4) for n, t in weights[2].items())
+    with pytest.raises(OutputError, match="holds another run"):  # of another start
+        fit(str(tmp_path / "bert"), PLAN, settings=still, out=tmp_path / "two", **options)
+    save_tiny("bert", tmp_path / "other", seed=5)
+    with pytest.raises(ModelError, match="trained on another base"):
+        fit(str(tmp_path / "other"), PLAN, settings=still, start=begin, out=tmp_path / "x", **options)
+    with pytest.raises(ModelError, match="another plan"):
+        fit(str(tmp_path / "bert"), "bitfit", settings=still, start=begin, out=tmp_path / "y", **options)
 
 
 def test_recipes_have_sources_fit_by_task_and_name_the_line_of_an_error(tmp_path: Path) -> None:

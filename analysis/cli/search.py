@@ -37,6 +37,7 @@ from analysis.cli.train import (
 )
 
 if TYPE_CHECKING:
+    from spafit.tuning.search_result import SearchResult
     from spafit.tuning.space import SearchSpace
 
 EXAMPLES = """
@@ -45,6 +46,7 @@ Examples:
 - `spafit search --task sst2 --data glue_data --max-train 1500 --trials 30`
 - `spafit search --task rte --data glue_data --strategy random --max-params 500000 --first runs/suggest/strata.yaml`
 - `spafit search --train mine.tsv --backend ray --workers 4 --prune`
+- `spafit search --task sst2 --data glue_data --backend ray --strategy pbt --trials 8 --intervals 6 --epochs 1`
 - `spafit search --print-space > space.yaml`, edit it, then `spafit search --space space.yaml …`
 - several workers: the same command in several shells, with `--storage sqlite:///search.db` or one `--out`
 """
@@ -83,7 +85,7 @@ def search(
     print_space: Annotated[bool, _option(_SEARCH, "--print-space", help="Print the space and stop.")] = False,
     backend: Annotated[str, _option(_SEARCH, "--backend", help="optuna, ray or hyperopt.")] = "optuna",
     strategy: Annotated[
-        str, _option(_SEARCH, "--strategy", help="grid, random, tpe, gp, nsga2 (Optuna), anneal (Hyperopt).")
+        str, _option(_SEARCH, "--strategy", help="grid, random, tpe, gp, nsga2 (Optuna), anneal (Hyperopt), pbt (Ray).")
     ] = "tpe",
     objectives: Annotated[
         str, _option(_SEARCH, "--objectives", help="quality, or several between commas: quality,parameters,forgetting.")
@@ -94,6 +96,9 @@ def search(
     first: Annotated[
         list[Path] | None, _option(_SEARCH, "--first", help="A strata.yaml that is tried first, before the presets.")
     ] = None,
+    intervals: Annotated[
+        int, _option(_SEARCH, "--intervals", min=1, help="With pbt: intervals of --epochs each; --trials are members.")
+    ] = 6,
     prune: Annotated[bool, _option(_SEARCH, "--prune", help="Give up trials that fall behind over the folds.")] = False,
     workers: Annotated[int, _option(_SEARCH, "--workers", min=1, help="Trials at a time, with --backend ray.")] = 1,
     storage: Annotated[
@@ -127,7 +132,6 @@ def search(
     the best. The official split is touched once, when the best trial is trained again with fresh seeds.
     """
     from analysis.cli.train import read_training_data
-    from spafit import io
     from spafit.errors import UsageError
     from spafit.heads import build_without_weights
     from spafit.settings import TrainSettings
@@ -135,6 +139,7 @@ def search(
     from spafit.strata import StrataConfig
     from spafit.tuning.crossval import folds
     from spafit.tuning.objective import PlanObjective
+    from spafit.tuning.population import search_population
     from spafit.tuning.ray_backend import grid_configurations
     from spafit.tuning.recipes import recipe_for
     from spafit.tuning.searching import search as run_search
@@ -196,27 +201,56 @@ def search(
         whole = replace(given, frames={s: given.frames[s] for s in ("train", official)}, digests={})
         confirm = Confirm(replace(objective, folds=(whole,)), out / "confirmed", official)
     wanted_trials = trials or start.trials
+    how = f"{wanted_trials} trials of {len(objective.folds)} folds"
+    if strategy == "pbt":
+        how = f"{wanted_trials} members of {intervals} intervals, scored on one fold"
     if not quiet:
         sys.stderr.write(
-            f"Search: {start.name} ({start.source})\n{wanted_trials} trials of {len(objective.folds)} folds, "
-            f"{settings.epochs:g} epochs of about {len(objective.folds[0].frames['train'])} items each; "
+            f"Search: {start.name} ({start.source})\n{how}, {settings.epochs:g} epochs of about "
+            f"{len(objective.folds[0].frames['train'])} items each; "
             f"{len(queued)} first trial(s).\n"
         )
         points = len(grid_configurations(plans.parameters())) if strategy == "grid" else 0
         if points > wanted_trials:
             sys.stderr.write(f"The grid has {points:,} points, and --trials stops at {wanted_trials:,}.\n")
+    if strategy == "pbt":
+        _check_population(backend, wanted, prune=prune)
+        if not queued:
+            raise UsageError("pbt trains one plan, and the space has none of the presets. Give one by --first.")
+        result = search_population(
+            objective, queued[0], out=out, population=wanted_trials, intervals=intervals, workers=workers, seed=seed,
+            official=None if confirm is None else (confirm.objective.folds[0], confirm.split),
+            confirm_seeds=range(1000, 1000 + seeds), command=command_line(),
+        )  # fmt: skip
+        _print(result, out, json_output=json_output)
+        return
     result = run_search(
         objective, plans, out=out, strategy=strategy, backend=backend, n_trials=wanted_trials, first=queued,
         objectives=wanted, confirm=confirm, confirm_seeds=range(1000, 1000 + seeds), depends_on=objective.record(),
         seed=seed, workers=workers, prune=prune, storage=storage, command=command_line(),
     )  # fmt: skip
+    _print(result, out, json_output=json_output)
+
+
+def _check_population(backend: str, objectives: tuple[str, ...], *, prune: bool) -> None:
+    from spafit.errors import UsageError
+
+    if backend != "ray":
+        raise UsageError(f"The strategy pbt is Ray's, and the backend is {backend}. Give --backend ray.")
+    if objectives != ("quality",) or prune:
+        raise UsageError("pbt looks at quality alone and gives up no trial. Leave --objectives and --prune out.")
+
+
+def _print(result: SearchResult, out: Path, *, json_output: bool) -> None:
+    from spafit import io
+
     if json_output:
         import json
 
         typer.echo(json.dumps(io.plain({"run": result.run, "trials": result.to_pandas().to_dict("records")}), indent=1))
         return
     typer.echo(result.to_markdown())
-    names = ("trials.csv", "strata.yaml", "history.png", "importance.png")
+    names = ("trials.csv", "strata.yaml", "course.csv", "history.png", "importance.png", "course.png")
     typer.echo("\nWritten:\n" + "\n".join(f"  {out / n}" for n in names if (out / n).is_file()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import math
 import os
@@ -43,7 +44,7 @@ def run_optuna(
     workers: int = 1,
     prune: bool = False,
     storage: str | None = None,
-) -> None:
+) -> int:
     """Evaluate until ``n_trials`` trials are finished, those of earlier calls and other workers included.
 
     The space is define-by-run: inactive parameters are not asked for. The study lies in ``optuna.log`` in ``folder``
@@ -65,6 +66,9 @@ def run_optuna(
         prune: give up trials whose reports over folds are worse than the best trial's, by Wilcoxon's signed-rank test
             (Optuna's WilcoxonPruner, p < .1 after two folds); for one objective.
         storage: URL of a database (``sqlite:///search.db``, ``postgresql://…``); None takes the journal.
+
+    Returns:
+        Trials that are still under way in other processes; the last one to end confirms.
 
     Raises:
         UsageError: Optuna is missing, an unknown strategy, or options that do not go together.
@@ -100,6 +104,7 @@ def run_optuna(
                 now = _finished(optuna, study)
                 progress.advance(now - finished)
                 finished = now
+        return _elsewhere(optuna, study)
 
 
 def _import_optuna() -> Any:
@@ -171,14 +176,13 @@ def _study(
         raise OutputError(
             f"The storage {storage} cannot be used ({said}). If another program holds it, wait or give another."
         ) from error
-    known = study.user_attrs
-    if known and (known.get("space") != space or known.get("objectives") != list(objectives)):
+    search = {"space": space, "objectives": list(objectives)}  # written at once: another worker may be reading
+    known = study.user_attrs.get("search", search)
+    if known != search:
         raise OutputError(
             f"{storage or folder} holds the search of another space or objective. Choose another --out or --storage."
         )
-    if not known:
-        study.set_user_attr("space", space)
-        study.set_user_attr("objectives", list(objectives))
+    study.set_user_attr("search", search)
     return study
 
 
@@ -211,6 +215,18 @@ def _is_gone(process: Any) -> bool:
 
     machine, own = _process()
     return bool(process) and process[0] == machine and (process[1] == own or not psutil.pid_exists(process[1]))
+
+
+def _elsewhere(optuna: Any, study: Any) -> int:
+    """Trials under way in other processes; on another machine, none of an hour and ten times the longest one's age."""
+    trials = study.get_trials(deepcopy=False)
+    longest = max((t.duration.total_seconds() for t in trials if t.duration is not None), default=math.inf)
+    running = [t for t in trials if t.state == optuna.trial.TrialState.RUNNING]
+    here = [t for t in running if (t.user_attrs.get("process") or _process())[0] == _process()[0]]
+    ages = [
+        (datetime.datetime.now() - t.datetime_start).total_seconds() for t in running if t not in here
+    ]  # local time
+    return sum(not _is_gone(t.user_attrs.get("process")) for t in here) + sum(a < max(3600, 10 * longest) for a in ages)
 
 
 def _waiting(optuna: Any, study: Any) -> bool:

@@ -82,7 +82,8 @@ class SearchResult:
         config, settings = self.space.decode(self.best)
         return config.with_provenance(
             {"source": f"search: {self.run['backend']}, {self.run['strategy']}", "criterion": self.run["objectives"][0],
-             "trials": len(self.records), "chosen": self.chosen, "confirmed": self.run["confirmed"], **settings}
+             "trials": len(self.records), "chosen": self.chosen, "confirmed": self.run["confirmed"], **settings,
+             **({"course": self.run["best"]["course"]} if "course" in self.run["best"] else {})}
         )  # fmt: skip
 
     def to_pandas(self) -> pd.DataFrame:
@@ -190,6 +191,8 @@ class SearchResult:
             return "No trial kept every limit and ended with a number."
         text = f"Best: trial {self.run['best']['trial']}, {self.run['objectives'][0]} {self.chosen:.4f} as chosen"
         values = [c["value"] for c in self.run["confirmed"]]
+        if not values and self.run.get("elsewhere"):
+            return f"{text}; {self.run['elsewhere']} trials are under way elsewhere, and the last to end confirms."
         if not values:
             return text + "; not confirmed."
         spread = f" (sd {np.std(values, ddof=1):.4f})" if len(values) > 1 else ""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from spafit import io
 from spafit.errors import OutputError, UsageError, check_choice
 from spafit.runtime import provenance
@@ -124,7 +126,8 @@ def search(
         n_trials: finished trials in all.
         first: values that are evaluated first, such as those of the suggestion and of SPAFIT's presets.
         objectives: names that the outcome has, all maximised; the first one decides which trial is best.
-        confirm: evaluates the best values with a seed, on data that the search did not see; None leaves it out.
+        confirm: evaluates the best values with a seed, on data that the search did not see; None leaves it out. Of
+            several workers the one whose trial ends last confirms.
         confirm_seeds: for ``confirm``.
         depends_on: what the outcomes depend on beside the values, such as the data and the settings: a folder with the
             trials of something else is refused, since finished trials are never evaluated again.
@@ -147,34 +150,49 @@ def search(
     check_parameters(parameters)
     queued = [active_values(parameters, values) for values in first]
     folder = Path(out)
+    key = claimed(folder, parameters, depends_on)
+    module, name = BACKENDS[backend]
+    run: Any = getattr(importlib.import_module(module), name)
+    more = {"storage": storage} if backend == "optuna" else {}
+    elsewhere = run(
+        parameters, Recording(objective, folder / "trials"), strategy=strategy, n_trials=n_trials, folder=str(folder),
+        first=queued, objectives=tuple(objectives), seed=seed, workers=workers, prune=prune, **more,
+    )  # fmt: skip
+    # The last of several workers confirms: before, another one may still find a better trial.
+    waits = confirm is not None and bool(elsewhere)
+    with FileLock(folder / "confirm.lock"):
+        records = read_records(folder / "trials")
+        best = best_record(records, objectives[0])
+        confirmed: list[dict[str, Any]] = []
+        if confirm is not None and best is not None and not waits:
+            confirmed = [{"seed": s, "value": float(confirm(best.values, s))} for s in confirm_seeds]
+        content = {
+            "schema_version": io.SCHEMA_VERSION, "key": key, "status": "running" if waits else "complete",
+            "command": command or "spafit.search", "elsewhere": int(elsewhere or 0), "backend": backend,
+            "strategy": strategy, "n_trials": n_trials, "objectives": list(objectives), "seed": seed,
+            "best": None if best is None else {"trial": best.number, "values": dict(best.values),
+                                               "value": _value(best, objectives[0])},
+            "confirmed": confirmed, "parameters": [p.name for p in parameters], **provenance(),
+        }  # fmt: skip
+        result = SearchResult(folder, content, records, parameters, space if isinstance(space, SearchSpace) else None)
+        if not waits or io.read_json(folder / "search.json")["status"] == "running":
+            result.save(folder)
+    return result
+
+
+def claimed(folder: Path, parameters: Sequence[Parameter], depends_on: Sequence[object]) -> str:
+    """Make the folder this search's, or see that it is; gives the search's key.
+
+    Raises:
+        OutputError: it holds another search.
+    """
     key = io.content_digest([*map(repr, parameters), *map(repr, depends_on)])
     record = folder / "search.json"
     if record.is_file() and io.read_json(record)["key"] != key:
         raise OutputError(f"{folder} holds the search of another space, data or settings. Choose another --out.")
     if not record.is_file():
         io.write_json(record, {"key": key, "status": "running"})
-    module, name = BACKENDS[backend]
-    run: Any = getattr(importlib.import_module(module), name)
-    more = {"storage": storage} if backend == "optuna" else {}
-    run(
-        parameters, Recording(objective, folder / "trials"), strategy=strategy, n_trials=n_trials, folder=str(folder),
-        first=queued, objectives=tuple(objectives), seed=seed, workers=workers, prune=prune, **more,
-    )  # fmt: skip
-    records = read_records(folder / "trials")
-    best = best_record(records, objectives[0])
-    confirmed: list[dict[str, Any]] = []
-    if confirm is not None and best is not None:
-        confirmed = [{"seed": s, "value": float(confirm(best.values, s))} for s in confirm_seeds]
-    content = {
-        "schema_version": io.SCHEMA_VERSION, "key": key, "status": "complete", "command": command or "spafit.search",
-        "backend": backend, "strategy": strategy, "n_trials": n_trials, "objectives": list(objectives), "seed": seed,
-        "best": None if best is None else {"trial": best.number, "values": dict(best.values),
-                                           "value": _value(best, objectives[0])},
-        "confirmed": confirmed, "parameters": [p.name for p in parameters], **provenance(),
-    }  # fmt: skip
-    result = SearchResult(folder, content, records, parameters, space if isinstance(space, SearchSpace) else None)
-    result.save(folder)
-    return result
+    return key
 
 
 def read_records(folder: Path) -> tuple[TrialRecord, ...]:
