@@ -238,7 +238,12 @@ def apply_strata(model: nn.Module | LoadedModel, config: StrataConfig) -> Strati
 
 
 def plan_for(
-    model: nn.Module, config: StrataConfig | str, *, model_id: str = "unnamed", missing: Collection[str] = ()
+    model: nn.Module,
+    config: StrataConfig | str,
+    *,
+    model_id: str = "unnamed",
+    missing: Collection[str] = (),
+    keep_head: bool = False,
 ) -> StrataConfig:
     """The plan itself, or the preset of that name made for this model (which may be on the meta device).
 
@@ -248,6 +253,7 @@ def plan_for(
         model_id: the model's reference, for people.
         missing: parameters that the checkpoint lacks. What starts from random weights must train, or no saved adapter
             brings it back: a preset then trains the pooler in full and says so, a plan of the user's is refused.
+        keep_head: a preset leaves the head frozen and says so, where the checkpoint has it: a language model's.
 
     Raises:
         ConfigError: unknown preset, one that does not fit the model, or a plan that freezes what is missing.
@@ -269,6 +275,8 @@ def plan_for(
             model_id=model_id,
         )
         plan = with_missing_pooler(model, plan, missing)
+        if keep_head and config != "full":
+            plan = _with_head_kept(model, plan, missing)
     frozen = _frozen_parts(model, plan, missing)
     if frozen:
         place, names = next(iter(frozen.items()))
@@ -287,6 +295,17 @@ def with_missing_pooler(model: nn.Module, plan: StrataConfig, missing: Collectio
     said = f"pooler: full for {plan.outside.pooler}, the checkpoint has none, so it starts from random weights"
     before = list(plan.provenance.get("substitutions", ()))
     outside = dataclasses.replace(plan.outside, pooler="full")
+    return dataclasses.replace(plan, outside=outside).with_provenance({"substitutions": [*before, said]})
+
+
+def _with_head_kept(model: nn.Module, plan: StrataConfig, missing: Collection[str]) -> StrataConfig:
+    """A preset's plan with the head frozen, unless the checkpoint lacks it or it is tied to the embeddings."""
+    own = next((p.own for p in resolve(model, plan).parts if p.name == "head"), ())
+    if not own or set(own) & set(missing) or plan.outside.head == "freeze":
+        return plan
+    said = "head: freeze for full, the language-model head is the checkpoint's own"
+    before = list(plan.provenance.get("substitutions", ()))
+    outside = dataclasses.replace(plan.outside, head="freeze")
     return dataclasses.replace(plan, outside=outside).with_provenance({"substitutions": [*before, said]})
 
 

@@ -187,6 +187,8 @@ def table_if_there(stem: Path) -> pd.DataFrame | None:
 
 
 def _metric(name: Hashable, names: Sequence[str]) -> str:
+    if name == "headline" and "bits_per_token" in names:
+        return "headline: minus bits_per_token"
     return f"headline: mean of {' and '.join(names)}" if name == "headline" else str(name)
 
 

@@ -51,6 +51,12 @@ class HeadedModel:
     head: Head
     missing: tuple[str, ...]
     notes: tuple[str, ...]
+    image_processor: Any | None = None
+
+    @property
+    def processor(self) -> Any:
+        """What makes inputs of items, to be saved beside the model: the tokenizer, or the image processor."""
+        return self.tokenizer if self.tokenizer is not None else self.image_processor
 
 
 def load_with_head(
@@ -122,6 +128,8 @@ def load_with_head(
                 "backbone, or data with the same classes."
             ) from error
         raise
+    if found.kind == "gguf":  # the weights were de-quantised on reading, so they train like any others
+        model.is_quantized, model.hf_quantizer = False, None
     missing = sorted(info["missing_keys"])
     if labels is not None and not regression and not restoring and found.kind != "gguf":
         prefix = f"{model.base_model_prefix}."
@@ -134,6 +142,25 @@ def load_with_head(
     if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return HeadedModel(model, tokenizer, name, said, found.revision, found.folder, head, tuple(missing), tuple(notes))
+
+
+def language_head(reference: str | None = None, *, revision: str | None = None, offline: bool = False) -> Head:
+    """The head with which a model writes text: ``causal-lm``, or ``seq2seq-lm`` for an encoder-decoder.
+
+    Raises:
+        ModelError: there is no such model, or the built-in one is asked for, which writes nothing.
+        HubError: the hub did not answer.
+    """
+    if reference in (None, "default"):
+        raise ModelError("The built-in default model is an encoder that writes no text. Name a model with --model.")
+    place = Path(str(reference)).expanduser()
+    if place.suffix == ".gguf":  # decoders alone are written as such
+        return "causal-lm"
+    folder = place if place.exists() else config_folder(str(reference), revision=revision, offline=offline)
+    config = Path(folder) / "config.json"
+    if config.is_file() and read_config(config).get("is_encoder_decoder"):
+        return "seq2seq-lm"
+    return "causal-lm"
 
 
 def tokenizer_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +12,41 @@ import pandas as pd
 from spafit import io
 
 if TYPE_CHECKING:
+    import torch
+
     from spafit.batches import EncodedTexts
 
 
 def predict_logits(model: Any, encoded: EncodedTexts, tokenizer: Any, *, batch_size: int = 64) -> np.ndarray:
     """Logits of every item in eval mode, shape (items, outputs), float32; batches of similar length."""
-    import torch
-
     from spafit.batches import Collator
 
-    collate, device = Collator(tokenizer), next(model.parameters()).device
+    def logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        return model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+
+    return summarise(model, encoded, Collator(tokenizer), logits, batch_size=batch_size)
+
+
+def summarise(
+    model: Any,
+    encoded: EncodedTexts,
+    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]],
+    read: Callable[[Any, dict[str, Any]], torch.Tensor],
+    *,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """What ``read`` gives of every item in eval mode, shape (items, k), float32; batches of similar length.
+
+    Args:
+        model: in any mode, which is put back.
+        encoded: the items.
+        collate: makes a batch.
+        read: model and batch (without ``index``) to a tensor of shape (items of the batch, k).
+        batch_size: items at a time.
+    """
+    import torch
+
+    device = next(model.parameters()).device
     order = np.argsort(encoded.lengths, kind="stable")
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -28,14 +54,14 @@ def predict_logits(model: Any, encoded: EncodedTexts, tokenizer: Any, *, batch_s
     with torch.inference_mode():
         for start in range(0, len(order), batch_size):
             batch = collate([encoded[int(i)] for i in order[start : start + batch_size]])
-            inputs = {k: v.to(device) for k, v in batch.items() if k not in ("labels", "index")}
-            rows.append(model(**inputs).logits.float().cpu().numpy())
+            inputs = {k: v.to(device) for k, v in batch.items() if k != "index"}
+            rows.append(read(model, inputs).float().cpu().numpy())
     for module, mode in modes:
         module.training = mode
     found = np.concatenate(rows)
-    logits = np.empty_like(found)
-    logits[order] = found
-    return logits
+    ordered = np.empty_like(found)
+    ordered[order] = found
+    return ordered
 
 
 def predicted(logits: np.ndarray, *, regression: bool) -> np.ndarray:

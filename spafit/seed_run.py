@@ -20,7 +20,8 @@ from spafit.data.sampling import hold_out
 from spafit.data.training import TrainData
 from spafit.errors import ModelError, OutputError, UsageError
 from spafit.fit_result import INTERPOLATION_COLUMNS, RUN_COLUMNS, table_if_there
-from spafit.predictions import predict_logits, predicted, write_scores
+from spafit.kinds import kind_of
+from spafit.predictions import summarise
 from spafit.processes import Processes
 from spafit.runtime import Progress, provenance, stderr_console
 from spafit.settings import TrainSettings
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from spafit.adapt import StratifiedModel
     from spafit.batches import EncodedTexts
     from spafit.heads import HeadedModel
+    from spafit.kinds.base import Collate, TaskKind
     from spafit.prefix import PrefixCache
     from spafit.retain import PricedRemedy
     from spafit.signals import Signal
@@ -75,16 +77,13 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
     from spafit.adapt import apply_strata, plan_for
     from spafit.checkpoint import base_digest
     from spafit.digests import model_digest, tokenizer_digest
-    from spafit.heads import load_with_head
     from spafit.runtime import torch_seed
 
     folder, data, processes = job.folder / f"seed-{seed}", job.data, job.processes
-    headed = load_with_head(
-        job.model, labels=data.labels, regression=data.regression, seed=seed, revision=job.revision,
-        offline=job.offline, allow_pickle=job.allow_pickle,
-    )  # fmt: skip
+    kind = kind_of(data)
+    headed = kind.load(job.model, seed=seed, revision=job.revision, offline=job.offline, allow_pickle=job.allow_pickle)
     start = model_digest(headed.model), tokenizer_digest(headed.tokenizer)
-    plan = plan_for(headed.model, job.config, model_id=headed.name, missing=headed.missing)
+    plan = plan_for(headed.model, job.config, model_id=headed.name, missing=headed.missing, keep_head=kind.keeps_head)
     settings = job.settings.for_plan(plan)
     with torch_seed(seed, "adapter"):  # PEFT draws its matrices from torch's own generator
         stratified = apply_strata(headed.model, plan)
@@ -92,7 +91,7 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
     content = plan.to_dict()
     content.pop("provenance", None)
     numeric = {k: v for k, v in settings.to_dict().items() if k not in _NOT_NUMERIC}
-    kind = processes.device.partition(":")[0]
+    device = processes.device.partition(":")[0]
     key = io.content_digest(
         [
             NUMBERS_VERSION,
@@ -101,7 +100,7 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
             data.digest,
             *start,
             seed,
-            kind,
+            device,
             processes.count,
             [repr(r) for r in job.remedies],
             *began,
@@ -121,7 +120,7 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
         "data": data.digest,
         "trainable": stratified.trainable_parameters(),
         "total": stratified.total_parameters(),
-        "device": kind,
+        "device": device,
         "processes": processes.count,
         "notes": [*headed.notes, *stratified.plan.notes],
         **provenance(),
@@ -155,16 +154,17 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
         "labels": None if data.labels is None else list(data.labels),
         "regression": data.regression,
         "paired": data.paired,
+        "kind": data.kind,
         "digest": base_digest(stratified),
     }
     processes.wait()  # no process may see the record of this very call as an earlier one's
     if processes.first:
         io.write_json(record, run)
     processes.wait()
-    done = _run(job, stratified, headed.tokenizer, settings, seed, folder, base, run["notes"])
+    done = _run(job, kind, stratified, headed, settings, seed, folder, base, run["notes"])
     _write(job, stratified, headed, settings, folder, base, run, done)
     del headed, stratified
-    _release(kind)
+    _release(device)
     processes.wait()
     return _finished(folder, kept=False)
 
@@ -243,8 +243,8 @@ def _write(
     if not job.processes.first:
         checkpoint.save(stratified, target, base=base, write=False)
         return
-    for split, logits in done["logits"].items():
-        write_scores(folder / f"predictions-{split}", data.frames[split], logits, labels=data.labels)
+    for split, summaries in done["summaries"].items():
+        kind_of(data).write(folder / f"predictions-{split}", data.frames[split], summaries, done["texts"].get(split))
     card = checkpoint.model_card(
         stratified,
         base=headed.reference if headed.reference != "default" else headed.name,
@@ -257,8 +257,7 @@ def _write(
         notes=run["notes"],
     )
     checkpoint.save(stratified, target, base=base, card=card)
-    assert headed.tokenizer is not None
-    headed.tokenizer.save_pretrained(str(target))
+    headed.processor.save_pretrained(str(target))
     saved = sum(p.stat().st_size for p in target.iterdir() if p.suffix == ".safetensors")
     shared = {
         "task": data.name, "method": job.name, "seed": run["seed"], "learning_rate": settings.learning_rate,
@@ -283,8 +282,9 @@ def _write(
 
 def _run(
     job: Job,
+    kind: TaskKind,
     stratified: StratifiedModel,
-    tokenizer: Any,
+    headed: HeadedModel,
     settings: TrainSettings,
     seed: int,
     folder: Path,
@@ -294,9 +294,7 @@ def _run(
     """Train, keep the best, score; everything that needs torch. Writes checkpoints only."""
     import torch
 
-    from spafit.batches import encode
     from spafit.data.sampling import class_weights
-    from spafit.metrics import compute_metrics, headline, mean_loss
     from spafit.monitor import SELECTION, StepMonitor
     from spafit.retain import interpolate, prices, snapshot
     from spafit.retain.interpolation import check_line
@@ -313,21 +311,20 @@ def _run(
     positions = getattr(stratified.model.config, "max_position_embeddings", None) or settings.max_length
 
     def encoded_of(rows: pd.DataFrame, what: str) -> EncodedTexts:
-        found = encode(rows, tokenizer, max_length=min(settings.max_length, positions), regression=data.regression)
+        found = kind.encode(rows, headed, max_length=min(settings.max_length, positions))
         if found.truncated:
             notes.append(f"{found.truncated} of {len(found)} {what} items were cut at {found.window} tokens")
         return found
 
-    def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        found = compute_metrics(data.metrics, predicted(logits, regression=data.regression), labels)
-        return {**found, "headline": headline(found, data.metrics)}
-
-    def selection(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    def selection(summaries: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """The scores, and what the checkpoint is chosen by: the headline, and among equal ones the loss."""
-        found = score(logits, labels)
-        return {**found, SELECTION: found["headline"] - 1e-6 * mean_loss(logits, labels, regression=data.regression)}
+        ordered = np.empty_like(summaries)
+        ordered[np.argsort(select.lengths, kind="stable")] = summaries  # as the Trainer's sampler has them
+        found = kind.score(ordered, select)
+        loss = found.pop("loss")
+        return {**found, SELECTION: found["headline"] - 1e-6 * loss}
 
-    train, select = encoded_of(kept, "training"), encoded_of(held, "held-out")
+    train, select, collate = encoded_of(kept, "training"), encoded_of(held, "held-out"), kind.collator(headed)
     weights = None
     if settings.class_weights:
         counted = class_weights(kept["label"], n_classes=len(data.labels or ()))
@@ -342,11 +339,11 @@ def _run(
         mixed = torch.autocast(device.partition(":")[0], dtype=torch.bfloat16) if arguments.bf16 else nullcontext()
         begun = time.perf_counter()
         with mixed:
-            cache, said = _prefix_cache(job, stratified, train, tokenizer, settings, folder)
+            cache, said = _prefix_cache(job, stratified, train, collate, settings, folder)
         if said:
             notes.append(said)
         for remedy in job.remedies:
-            remedy.prepare(stratified, tokenizer, max_length=settings.max_length, device=device)
+            remedy.prepare(stratified, headed.tokenizer, max_length=settings.max_length, device=device)
         monitor.add_setup(time.perf_counter() - begun)
         if last is None and job.processes.first:
             for old in folder.glob("signals.*"):
@@ -361,9 +358,9 @@ def _run(
 
             checkpoint_trained_blocks(stratified)
         trainer = StratifiedTrainer(
-            stratified, settings, arguments, train=train, select=select, tokenizer=tokenizer, metrics=selection,
-            cache=cache, remedies=job.remedies, weights=weights, base=base,
-            callbacks=[monitor, recorder],
+            stratified, settings, arguments, train=train, select=select, tokenizer=headed.processor,
+            metrics=selection, collate=collate, loss=kind.loss, units=kind.units, cache=cache, remedies=job.remedies,
+            weights=weights, base=base, callbacks=[monitor, recorder],
         )  # fmt: skip
         if job.signals and trainer.is_fsdp_enabled:
             raise UsageError(
@@ -385,7 +382,7 @@ def _run(
     stratified.check()
     if arguments.bf16:  # what is reported is what the saved model gives when it is loaded: float32
         trainer.accelerator.unwrap_model(stratified.model, keep_fp32_wrapper=False)
-    logits: dict[str, np.ndarray] = {}
+    summaries: dict[str, np.ndarray] = {}
     state = trainer.state
     best = state.best_global_step or state.global_step
     epochs = [float(e["epoch"]) for e in state.log_history if e["step"] == best and "epoch" in e]
@@ -399,9 +396,13 @@ def _run(
     scored = {split: encoded_of(data.frames[split], split) for split in data.scored_splits}
 
     def scores_of(split: str, items: EncodedTexts) -> dict[str, float]:
-        assert items.labels is not None
-        logits[split] = predict_logits(stratified.model, items, tokenizer, batch_size=4 * settings.batch_size)
-        return score(logits[split], items.labels)
+        summaries[split] = summarise(
+            stratified.model, items, collate, lambda model, inputs: kind.loss(model, inputs)[1],
+            batch_size=4 * settings.batch_size,
+        )  # fmt: skip
+        found = kind.score(summaries[split], items)
+        found.pop("loss")
+        return found
 
     swept = []
     for share in settings.interpolate:
@@ -409,8 +410,14 @@ def _run(
             for split, items in {"select": select, **scored}.items():
                 if len(items):
                     swept += [(seed, share, split, m, v) for m, v in scores_of(split, items).items()]
-    logits.clear()
+    summaries.clear()
     scores = {split: scores_of(split, items) for split, items in scored.items()}
+    texts: dict[str, pd.DataFrame] = {}
+    for split in scored:
+        more, written = kind.generated(stratified.model, headed, data.frames[split], settings)
+        scores[split] |= more
+        if written is not None:
+            texts[split] = written
     final = pd.DataFrame(
         [
             {"seed": seed, "step": best, "epoch": float(state.epoch or 0),
@@ -425,7 +432,8 @@ def _run(
         "best_step": best,
         "seconds": monitor.seconds,
         "peak_memory_bytes": monitor.peak_bytes,
-        "logits": logits,
+        "summaries": summaries,
+        "texts": texts,
         "scores": scores,
         "metrics": pd.concat([monitor.table(state.log_history, seed=seed), final], ignore_index=True),
         "interpolation": pd.DataFrame(swept, columns=list(INTERPOLATION_COLUMNS)),
@@ -459,10 +467,9 @@ def _release(kind: str) -> None:
 
 
 def _prefix_cache(
-    job: Job, stratified: StratifiedModel, train: EncodedTexts, tokenizer: Any, settings: TrainSettings, folder: Path
+    job: Job, stratified: StratifiedModel, train: EncodedTexts, collate: Collate, settings: TrainSettings, folder: Path
 ) -> tuple[PrefixCache | None, str]:
     """The cache that the settings ask for, or None, and what to say about it."""
-    from spafit.batches import Collator
     from spafit.prefix import PrefixCache, PrefixError, prefix_bytes, prefix_pays
 
     if settings.prefix_cache == "off" or settings.prefix_dropout:
@@ -479,7 +486,7 @@ def _prefix_cache(
     def build() -> PrefixCache:
         with Progress("Frozen prefix", len(train), quiet=job.quiet) as progress:
             return PrefixCache.build(
-                stratified, train, Collator(tokenizer), job.prefix_folder or folder / "prefix",
+                stratified, train, collate, job.prefix_folder or folder / "prefix",
                 device=job.processes.device, shared=job.prefix_folder is not None, progress=progress.advance,
             )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from spafit import checkpoint, io
 from spafit.adapt import StratifiedModel, canonical_name, canonical_parameters
 from spafit.batches import Collator, EncodedTexts, EpochOrder
 from spafit.errors import ModelError, NumericalError, OutputError, UsageError
+from spafit.kinds.base import Collate
+from spafit.kinds.classification import classification_loss
 from spafit.monitor import SELECTION, STATE_FILE, exhausted
 from spafit.prefix import PrefixCache
 from spafit.resolve import whole_modules
@@ -26,6 +29,8 @@ from spafit.settings import TrainSettings
 _ARCHIVE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream")
 
 Metrics = Callable[[np.ndarray, np.ndarray], dict[str, float]]
+#: Model and batch (and weights of classes) to the mean loss and each item's summary; see :mod:`spafit.kinds`.
+Loss = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class _RankAllocation(TrainerCallback):
@@ -66,6 +71,9 @@ class StratifiedTrainer(Trainer):
         tokenizer: Any,
         select: EncodedTexts | None = None,
         metrics: Metrics | None = None,
+        collate: Collate | None = None,
+        loss: Loss | None = None,
+        units: Callable[[Mapping[str, Any]], int] = lambda batch: len(batch["index"]),
         cache: PrefixCache | None = None,
         remedies: Sequence[PricedRemedy] = (),
         weights: torch.Tensor | None = None,
@@ -74,6 +82,7 @@ class StratifiedTrainer(Trainer):
     ):
         self.stratified, self.settings, self.base = stratified, settings, dict(base or {})
         self.cache, self.remedies, self.class_weights = cache, tuple(remedies), weights
+        self.loss_of, self.units = loss or classification_loss, units
         self.tokenizer_to_save, self.folder = tokenizer, Path(str(arguments.output_dir))
         self.remedy_losses: dict[str, list[torch.Tensor]] = {}
         total = settings.batch_size * settings.accumulate * arguments.world_size
@@ -81,7 +90,7 @@ class StratifiedTrainer(Trainer):
         super().__init__(
             model=stratified.model,
             args=arguments,
-            data_collator=Collator(tokenizer),
+            data_collator=collate or Collator(tokenizer),
             train_dataset=train,
             eval_dataset=select if select is not None and len(select) else None,
             compute_metrics=None
@@ -93,7 +102,7 @@ class StratifiedTrainer(Trainer):
         self.add_callback(_RankAllocation())
         self.remove_callback(PrinterCallback)  # it writes to stdout, which is for results
         self.model_accepts_loss_kwargs = False
-        self._items_per_batch = 0.0  # the mean over the micro-batches of the step
+        self._units_per_batch = 0.0  # the mean over the micro-batches of the step
         if self.is_fsdp_enabled and self.remedies:
             raise UsageError(
                 f"{self.remedies[0].name} compares whole parameters with the start, and FSDP gives each process a "
@@ -145,26 +154,15 @@ class StratifiedTrainer(Trainer):
         training = model.training
         if training and not self.settings.prefix_dropout:
             set_training_modes(self.stratified)
-        labels = inputs.get("labels")
-        if self.class_weights is not None and labels is not None:
-            inputs.pop("labels")
+        served = nullcontext()
         if training and self.cache is not None and index is not None:
-            with self.cache.attached(index, inputs.get("attention_mask")):
-                outputs = model(**inputs)
-        else:
-            outputs = model(**inputs)
-        if self.class_weights is not None and labels is not None:
-            weights = self.class_weights.to(outputs.logits)
-            # Divided by the number of items, not by the batch's sum of weights, so that how items are spread over
-            # batches and processes makes no difference.
-            loss = torch.nn.functional.cross_entropy(outputs.logits, labels, weight=weights, reduction="sum")
-            loss = loss / len(labels)
-        else:
-            loss = outputs.loss
+            served = self.cache.attached(index, inputs.get("attention_mask"))
+        with served:
+            loss, summary = self.loss_of(model, inputs, weights=self.class_weights)
         if training:
-            if index is not None and self._items_per_batch:
+            if index is not None and self._units_per_batch:
                 # The Trainer averages over micro-batches; an epoch's last one is shorter, and its items weigh no more.
-                loss = loss * (len(index) / self._items_per_batch)
+                loss = loss * (self.units({**inputs, "index": index}) / self._units_per_batch)
             for remedy in self.remedies:
                 extra = remedy.loss(self.stratified, self.state.global_step)
                 self.remedy_losses.setdefault(remedy.name, []).append(extra.detach())
@@ -172,12 +170,12 @@ class StratifiedTrainer(Trainer):
             if not torch.isfinite(loss.detach()):
                 step = self.state.global_step + 1
                 raise self._diverged(f"The loss is not finite ({float(loss.detach())}) at step {step}")
-        return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
+        return (loss, {"loss": loss, "logits": summary}) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The micro-batches of one step; the mean number of items among them is noted for the loss."""
+        """The micro-batches of one step; the mean number of items (or tokens) among them is noted for the loss."""
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._items_per_batch = float(np.mean([len(b["index"]) for b in batches])) if batches else 0.0
+        self._units_per_batch = float(np.mean([self.units(b) for b in batches])) if batches else 0.0
         return batches, counted
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -11,9 +11,9 @@ import pandas as pd
 
 from spafit import io
 from spafit.data.training import TrainData
-from spafit.errors import DataError, OutputError, UsageError, did_you_mean
+from spafit.errors import DataError, OutputError, UsageError
 from spafit.fit_result import INTERPOLATION_COLUMNS, METRIC_COLUMNS, RUN_COLUMNS, SIGNAL_COLUMNS, FitResult
-from spafit.metrics import METRICS
+from spafit.kinds import kind_of
 from spafit.processes import joined
 from spafit.runtime import provenance
 from spafit.seed_run import Job, train_seed
@@ -127,32 +127,25 @@ def _check_data(data: TrainData, settings: TrainSettings) -> None:
             "missing files."
         )
     train = data.frames["train"]
-    unlabelled = int(train["label"].isna().sum())
+    kind = kind_of(data)
+    for split, frame in data.frames.items():
+        if lacking := [c for c in kind.columns if c not in frame]:
+            raise DataError(
+                f"{data.name}, {split}: a task of kind {data.kind} needs the column {lacking[0]!r}; there are "
+                f"{', '.join(frame.columns)}."
+            )
+    unlabelled = int(train["label"].isna().sum()) if "label" in kind.columns else 0
     if unlabelled or not len(train):
         raise DataError(
             f"{data.name}: {unlabelled} of {len(train)} training items have no label. Every one needs a label; remove "
             "the others."
         )
-    kind = "regression" if data.regression else "classification"
-    for name in data.metrics:
-        if name in METRICS and METRICS[name].kind != kind:
-            raise UsageError(f"{name} is not a metric of {kind}. Use {_metrics_of(kind)}.")
-        if name not in METRICS or (name == "f1" and len(data.labels or ()) != 2):
-            raise UsageError(
-                f"The metric {name!r} is not known for {len(data.labels or ())} classes. Use {_metrics_of(kind)}."
-                f"{did_you_mean(name, METRICS)}"
-            )
-    if settings.class_weights and data.regression:
-        raise UsageError("class_weights are for classes, and this is a regression. Leave them off.")
+    kind.check(settings)
     if settings.patience and round(settings.select_share * len(train)) == 0:
         raise UsageError(
             f"patience needs items to watch, and a share of {settings.select_share} of {len(train)} training items is "
             "none. Raise select_share."
         )
-
-
-def _metrics_of(kind: str) -> str:
-    return ", ".join(n for n, m in METRICS.items() if m.kind == kind)
 
 
 def _is_written(folder: Path, done: Sequence[dict[str, Any]]) -> bool:

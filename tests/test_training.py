@@ -556,7 +556,7 @@ def test_the_seconds_end_where_training_ends_and_begin_with_its_set_up(
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + ahead[0])
     monkeypatch.setattr(seed_run, "_prefix_cache", taking(1000.0, seed_run._prefix_cache))
-    monkeypatch.setattr(seed_run, "predict_logits", taking(100_000.0, seed_run.predict_logits))
+    monkeypatch.setattr(seed_run, "summarise", taking(100_000.0, seed_run.summarise))
     assert 1000 < float(train(bert, tmp_path, epochs=1, prefix_cache="on").runs["seconds"].iloc[0]) < 2000
 
 

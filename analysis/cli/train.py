@@ -23,6 +23,8 @@ Examples:
 - `spafit train --task rte --data glue_data --strata spafit-scaled-I`
 - `spafit train --model bert-large-cased --task cola --data hub --strata spafit-4-9-II --seeds 3`
 - `spafit train --train mine.tsv --text sentence --label class --strata runs/all-MiniLM-L6-v2/strata.yaml`
+- `spafit train --model SmolLM2-135M.gguf --train pairs.jsonl --prompt question --answer answer` learns to write answers
+- `spafit train --model gpt2 --train book.txt --running-text --max-length 256` learns to continue text
 - `spafit train --task rte --data glue_data --watch core.tense,core.voice` shows what each layer forgets, step by step
 - `spafit train --model bert-large-cased --strata spafit-4-9-I --dry-run` prints what would train, without weights
 """
@@ -72,6 +74,14 @@ TrainTable = Annotated[Path | None, _option(_DATA, "--train", help="A table (TSV
 Validation = Annotated[
     Path | None, _option(_DATA, "--validation", help="A table to score on; default: a fifth of --train.")
 ]
+Prompt = Annotated[
+    str | None, _option(_DATA, "--prompt", help="Column of what is read; the model learns to write --answer.")
+]
+Answer = Annotated[str, _option(_DATA, "--answer", help="With --prompt: column of what is to be written.")]
+RunningText = Annotated[
+    bool,
+    _option(_DATA, "--running-text", help="The files of --train … are plain text; the model learns to continue it."),
+]
 Test = Annotated[Path | None, _option(_DATA, "--test", help="A further table to score on.")]
 Regression = Annotated[bool, _option(_DATA, "--regression", help="Labels are numbers to predict.")]
 MaxTrain = Annotated[int | None, _option(_DATA, "--max-train", help="Training items kept, stratified.")]
@@ -119,6 +129,9 @@ def train(
     label: LabelColumn = "label",
     regression: Regression = False,
     no_header: NoHeader = False,
+    prompt: Prompt = None,
+    answer: Answer = "answer",
+    running_text: RunningText = False,
     metric: Annotated[
         list[str] | None, _option(_DATA, "--metric", help="What to score with; repeat for several.")
     ] = None,
@@ -248,7 +261,7 @@ def train(
     given = read_training_data(
         task, data, file, {"train": train_file, "validation": validation, "test": test}, text=text, text2=text2,
         label=label, regression=regression, header=not no_header, metrics=tuple(metric) if metric else None,
-        offline=offline, skip_bad_rows=skip_bad_rows,
+        offline=offline, skip_bad_rows=skip_bad_rows, prompt=prompt, answer=answer, running_text=running_text,
     )  # fmt: skip
     from spafit.models import DEFAULT_NAME
     from spafit.retain import parse_remedy
@@ -341,6 +354,9 @@ def read_training_data(
     offline: bool,
     skip_bad_rows: bool = False,
     labels: tuple[str, ...] | None = None,
+    prompt: str | None = None,
+    answer: str = "answer",
+    running_text: bool = False,
 ) -> TrainData:
     """The data that the options name: a GLUE task, or tables."""
     from spafit.data.training import glue_data, table_data
@@ -358,6 +374,15 @@ def read_training_data(
     if not given:
         raise UsageError(f"No data: give --task with --data, or a table with --{next(iter(tables))}.")
     name = next(iter(given.values())).stem
+    if running_text or prompt is not None:
+        from spafit.data.writing import answers_data, text_data
+
+        if regression or (running_text and prompt is not None):
+            raise UsageError("--running-text, --prompt and --regression are three kinds of task; give one of them.")
+        if running_text:
+            return text_data(given, name=name)
+        assert prompt is not None
+        return answers_data(given, prompt=prompt, answer=answer, header=header, name=name)
     return table_data(
         given, text=text, text2=text2, label=label, regression=regression, header=header, metrics=metrics,
         labels=labels, name=name,

@@ -17,6 +17,8 @@ def stratified_subset(frame: pd.DataFrame, n: int, seed: int, label: str = "labe
     float label is cut into ten bins (or ``n``, if smaller) of equal counts by rank. The draw depends on ``seed`` and
     the labels only.
 
+    A frame without the column is drawn from evenly.
+
     Raises:
         UsageError: ``n`` is not from 1 to the number of rows, or a label is missing.
     """
@@ -43,6 +45,8 @@ def _drawn(frame: pd.DataFrame, n: int, seed: int, label: str = "label") -> NDAr
     """The places of the rows of :func:`stratified_subset`."""
     if not 1 <= n <= len(frame):
         raise UsageError(f"A subset of {n} rows cannot be drawn from {len(frame)}. Use 1 to {len(frame)}.")
+    if label not in frame:  # one stratum: items without labels
+        return np.sort(generator(seed, "stratified subset").permutation(len(frame))[:n])
     values = frame[label]
     if values.isna().any():
         raise UsageError(f"{int(values.isna().sum())} of {len(frame)} labels are missing. Draw from a labelled split.")

@@ -27,10 +27,13 @@ class TrainData:
         name: short name.
         frames: split -> frame with the columns ``text``, ``text2`` (second text of a pair; absent for single texts),
             ``label`` (code, or value for regression; missing where hidden) and ``idx`` (the source's own row number).
-            ``train`` is needed for training.
-        labels: names of the classes in the order of their codes; None for regression.
-        metrics: names of :data:`spafit.metrics.METRICS`; the mean of them is what is selected on.
+            ``train`` is needed for training. Other kinds of tasks have columns of their own.
+        labels: names of the classes in the order of their codes; None for regression and where there are no classes.
+        metrics: names of :data:`spafit.metrics.METRICS`; the mean of them is what is selected on. Kinds that write
+            text, or match images with texts, have their own and leave this empty.
         source: where the rows came from, for the record.
+        kind: one of :data:`spafit.kinds.KINDS`: ``classification`` (of texts, or values), ``text`` (running text, the
+            column ``text``), ``answers`` (``prompt`` and ``answer``).
     """
 
     name: str
@@ -38,12 +41,13 @@ class TrainData:
     labels: tuple[str, ...] | None
     metrics: tuple[str, ...]
     source: str = ""
+    kind: str = "classification"
     digests: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def regression(self) -> bool:
         """Whether labels are numbers."""
-        return self.labels is None
+        return self.labels is None and self.kind == "classification"
 
     @property
     def paired(self) -> bool:
@@ -52,16 +56,21 @@ class TrainData:
 
     @property
     def scored_splits(self) -> tuple[str, ...]:
-        """Splits other than the training one that have labels."""
-        return tuple(s for s, f in self.frames.items() if s != "train" and f["label"].notna().all() and len(f))
+        """Splits other than the training one that have labels, or need none."""
+        return tuple(
+            s
+            for s, f in self.frames.items()
+            if s != "train" and len(f) and ("label" not in f or f["label"].notna().all())
+        )
 
     @property
     def digest(self) -> str:
         """SHA-256 over names, texts and labels of every split."""
         if "all" not in self.digests:
             parts: list[object] = [self.name, self.labels, self.metrics]
+            parts += [] if self.kind == "classification" else [self.kind]
             for split, frame in self.frames.items():
-                columns = [c for c in ("text", "text2", "label", "idx") if c in frame]
+                columns = [c for c in ("text", "text2", "prompt", "answer", "label", "idx") if c in frame]
                 parts += [split, *(frame[c].astype(str).str.cat(sep="\x1f") for c in columns)]
             self.digests["all"] = io.content_digest(parts)
         return self.digests["all"]
