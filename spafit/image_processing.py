@@ -113,8 +113,8 @@ def load_image_processor(model: nn.Module, folders: Sequence[Path], *, notes: li
     if image_size is None:
         return None
     notes.append(
-        f"no preprocessor_config.json: images are resized to {image_size[0]} × {image_size[1]} and scaled to [-1, 1]; "
-        "a model trained on pixels normalised otherwise is not shown at its best"
+        f"no preprocessor_config.json: images are resized to {image_size[0]} × {image_size[1]} and scaled to [-1, 1], "
+        "which may not be how the model was trained"
     )
     return plain_processor(channels=channels, image_size=image_size)
 

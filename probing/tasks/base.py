@@ -83,7 +83,7 @@ class Image(Text):
     @property
     def words(self) -> tuple[str, ...]:
         """What displays call the cells: row and column, from 1."""
-        return tuple(f"row {a // self.grid + 1}, column {a % self.grid + 1}" for a, _ in self.spans)
+        return tuple(f"row {a // self.grid + 1} column {a % self.grid + 1}" for a, _ in self.spans)
 
     @property
     def content(self) -> tuple[object, ...]:

@@ -172,7 +172,7 @@ def _tasks(
             "Where the centre of mass of an image's ink lies, about its median place in training.",
         ),
         "patch_position": lambda: source.task(
-            "patch_position", "surface", tuple(f"row {i // GRID + 1}, column {i % GRID + 1}" for i in range(GRID**2)),
+            "patch_position", "surface", tuple(f"row {i // GRID + 1} column {i % GRID + 1}" for i in range(GRID**2)),
             cell[text], cell_types(cells, cell[text], train),
             f"Cell of a {GRID} × {GRID} grid that a patch lies in, asked of the patch's own state.", "word",
         ),
