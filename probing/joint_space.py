@@ -39,7 +39,6 @@ def tower_embeddings(loaded: LoadedModel, stack: str, states: np.ndarray) -> np.
     """
     import torch
 
-    tower = pick_stack(loaded, stack)
     norm, projection = _projection(loaded, stack)
     first = next(projection.parameters())
     x = torch.from_numpy(np.ascontiguousarray(states)).to(first.device, first.dtype)
