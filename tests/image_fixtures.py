@@ -79,7 +79,7 @@ def tiny_vit(
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     with torch_seed(seed, "tiny vit"):
-        model = ViTModel(config, add_pooling_layer=False) if classes is None else ViTForImageClassification(config)
+        model = ViTModel(config) if classes is None else ViTForImageClassification(config)
         # Position embeddings are drawn small by default, as trained ones are not.
         embeddings = (model if classes is None else model.base_model).embeddings
         with torch.no_grad():
@@ -189,16 +189,16 @@ def scenes_table(place: Path, scenes: list[Scene], *, name: str = "scenes") -> P
 
 
 def caption_tokenizer():
-    """A word tokenizer of the captions' vocabulary, with [CLS]-free start and end tokens as CLIP's has."""
+    """A word tokenizer of the captions' vocabulary; the end token has the highest id, by which CLIP finds it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<start>", "<end>", "<unk>", "a", *SIZES, "left", "right", "of", "above", "below"]
-    words += [str(d) for d in range(10)]
+    words = ["<pad>", "<start>", "<unk>", "a", *SIZES, "left", "right", "of", "above", "below"]
+    words += [*map(str, range(10)), "<end>"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", len(words) - 1)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<start>", eos_token="<end>", unk_token="<unk>",
@@ -221,7 +221,7 @@ def tiny_clip(
     config = CLIPConfig(
         text_config={
             **tower, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "pad_token_id": 0,
-            "bos_token_id": 1, "eos_token_id": 2,
+            "bos_token_id": 1, "eos_token_id": len(tokenizer) - 1,
         },
         vision_config={**tower, "image_size": side, "patch_size": patch, "num_channels": 1},
         projection_dim=joint,

@@ -74,7 +74,7 @@ def test_table_with_captions_and_a_missing_file(tmp_path):
 
 def test_mixed_up_columns_are_refused_in_one_sentence(tmp_path):
     table = scenes_table(tmp_path, digit_scenes(5))
-    with pytest.raises(DataError, match=r"column 'caption' holds 'a .*' .*Image files are in column 'file': give image="):
+    with pytest.raises(DataError, match=r"column 'caption' holds 'a .*' .*are in column 'file': give image="):
         read_images(table, image="caption", label="file")
     with pytest.raises(DataError, match=r"no column 'fiel' \(image=\). Did you mean 'file'"):
         read_images(table, image="fiel", label="caption")
@@ -145,7 +145,9 @@ def test_exif_orientation_is_followed(tmp_path):
 
 def test_scenes_are_deterministic_with_held_out_pairs_and_say_what_they_show():
     scenes, again, test = digit_scenes(300, 3), digit_scenes(300, 3), digit_scenes(200, 3, test=True)
-    assert all(a.caption == b.caption and np.array_equal(a.pixels, b.pixels) for a, b in zip(scenes, again, strict=True))
+    for one, same in zip(scenes, again, strict=True):
+        assert one.caption == same.caption
+        assert np.array_equal(one.pixels, same.pixels)
     assert len({s.caption for s in scenes}) == 300
     assert not {frozenset(s.digits) for s in scenes} & {frozenset(s.digits) for s in test}
     assert all(held_out(*s.digits) for s in test)
