@@ -206,6 +206,23 @@ def caption_tokenizer():
     )  # fmt: skip
 
 
+def train_clip(model: nn.Module, scenes: list[Scene], *, epochs: int = 40, seed: int = 0) -> nn.Module:
+    """Train a :func:`tiny_clip` on scenes and captions by its own contrastive loss; return it."""
+    x = torch.from_numpy(np.stack([s.pixels for s in scenes]).astype(np.float32) / 127.5 - 1)[:, None]
+    encoded = caption_tokenizer()([s.caption for s in scenes], return_tensors="pt", padding=True)
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for epoch in range(epochs):
+        for rows in torch.from_numpy(generator(seed, "training", epoch).permutation(len(scenes))).split(128):
+            optimizer.zero_grad()
+            model(
+                input_ids=ids[rows], attention_mask=mask[rows], pixel_values=x[rows], return_loss=True
+            ).loss.backward()
+            optimizer.step()
+    return model.eval()
+
+
 def tiny_clip(
     folder: Path | None = None, *, seed: int = 0, side: int = CANVAS, patch: int = 8, width: int = 32, blocks: int = 3,
     joint: int = 32,

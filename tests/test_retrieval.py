@@ -14,7 +14,7 @@ from probing.tasks.base import Image, Text
 from spafit.data.images import read_images
 from spafit.errors import ModelError, UsageError
 from spafit.models import load_model
-from tests.image_fixtures import digit_scenes, scenes_table, tiny_clip, tiny_vit
+from tests.image_fixtures import caption_tokenizer, digit_scenes, scenes_table, tiny_clip, tiny_vit, train_clip
 
 SPLIT = np.repeat(["train", "dev", "test"], (200, 50, 100))
 
@@ -161,3 +161,19 @@ def test_untrained_towers_are_at_chance_and_one_tower_is_refused(tmp_path, cache
     tiny_vit(tmp_path / "vit")
     with pytest.raises(ModelError, match="has no visual_projection"):
         tower_retrieval(load_model(tmp_path / "vit"), images, texts, split=split)
+
+
+@pytest.mark.slow
+def test_a_trained_dual_encoder_retrieves_unseen_pairs_of_digits_from_its_later_layers(tmp_path, cache):
+    seen, unseen = digit_scenes(1500), digit_scenes(200, test=True)
+    loaded = load_model((train_clip(tiny_clip(), seen), caption_tokenizer()))
+    images, texts = pairs(scenes_table(tmp_path, [*seen, *unseen]))
+    table = tower_retrieval(loaded, images, texts, split=np.repeat(["train", "dev", "test"], (1200, 300, 200)))
+    five = table[table["at"] == 5]
+    own = five[five["map"] == "own"]
+    assert (own["ci_low"] > 5 * own["chance"]).all()
+    for tower in ("vision", "text"):
+        curve = five[(five["tower"] == tower) & (five["map"] == "ridge") & (five["query"] == "image")]
+        curve = curve.set_index("hidden")["value"]
+        assert curve[0] < 0.1  # the token that pools has seen nothing yet
+        assert curve[3] > curve[1] + 0.1
