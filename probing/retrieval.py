@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -116,7 +115,7 @@ def retrieval_table(
     states: Mapping[int, np.ndarray],
     embeddings: np.ndarray,
     *,
-    split: Sequence[Literal["train", "dev", "test"]] | np.ndarray,
+    split: Sequence[str] | np.ndarray,
     own: Mapping[int, np.ndarray] | None = None,
     names: tuple[str, str] = ("image", "text"),
     items: np.ndarray | None = None,
@@ -131,7 +130,7 @@ def retrieval_table(
     Args:
         states: by hidden index, one tower's states of each pair, (pairs, width).
         embeddings: the other tower's embeddings in the joint space, (pairs, joint width).
-        split: part of each pair: the map is fitted on ``train``, its penalty chosen on ``dev``, scored on ``test``.
+        split: part of each pair, ``train``, ``dev`` or ``test``: the map is fitted on ``train``, its penalty chosen on ``dev``, scored on ``test``.
         own: states that the tower itself projects into the joint space, by hidden index; no map is fitted for them.
         names: what the two sides are called, that of ``states`` first.
         items: which pairs show the same thing on the side of ``states`` (equal values); None: all differ.
@@ -155,10 +154,10 @@ def retrieval_table(
     part = np.asarray(split)
     items = np.arange(len(part)) if items is None else np.asarray(items)
     others = np.arange(len(part)) if others is None else np.asarray(others)
-    given = {**dict(states), **{-1 - h: s for h, s in (own or {}).items()}, "embeddings": embeddings}
-    for name, array in (*given.items(), ("items", items), ("others", others)):
+    given = [(f"states[{h}]", s) for h, s in states.items()] + [(f"own[{h}]", s) for h, s in (own or {}).items()]
+    for name, array in (*given, ("embeddings", embeddings), ("items", items), ("others", others)):
         if len(array) != len(part):
-            raise UsageError(f"{len(part)} pairs have a split, but {len(array)} a place in {name!r}.")
+            raise UsageError(f"{len(part)} pairs have a split, but {name} has {len(array)}.")
     train, dev, test = (part == p for p in ("train", "dev", "test"))
     for name, mask in (("train", train), ("dev", dev), ("test", test)):
         if mask.sum() < 2 and (name == "test" or states):

@@ -113,7 +113,7 @@ def test_equal_captions_are_one_candidate_and_all_of_their_images_are_right():
 
 def test_bad_shapes_and_missing_splits_are_refused():
     x, y = planted()
-    with pytest.raises(UsageError, match="350 pairs have a split, but 10 a place in 'embeddings'"):
+    with pytest.raises(UsageError, match="350 pairs have a split, but embeddings has 10"):
         retrieval_table({0: x}, y[:10], split=SPLIT)
     with pytest.raises(UsageError, match="two pairs or more of split 'dev'; there are 0"):
         retrieval_table({0: x}, y, split=np.where(SPLIT == "dev", "train", SPLIT))

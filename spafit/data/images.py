@@ -178,12 +178,12 @@ def open_image(image: str | Path | bytes, *, channels: int | None = None) -> Ima
     except Exception as error:  # decoders of damaged files raise whatever they come upon
         raise DataError(f"{next(iter(str(error).splitlines()), '') or type(error).__name__}") from error
     if channels is None:
-        return upright  # type: ignore[no-any-return]
+        return upright
     if upright.mode.startswith(("I;16", "I")):  # 16 bits to a value; Pillow would clip them at 255
         import numpy as np
 
         upright = module.fromarray((np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return upright.convert("L" if channels == 1 else "RGB")  # type: ignore[no-any-return]
+    return upright.convert("L" if channels == 1 else "RGB")
 
 
 # ---------------------------------------------------------------- sources
