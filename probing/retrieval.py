@@ -130,7 +130,7 @@ def retrieval_table(
     Args:
         states: by hidden index, one tower's states of each pair, (pairs, width).
         embeddings: the other tower's embeddings in the joint space, (pairs, joint width).
-        split: part of each pair, ``train``, ``dev`` or ``test``: the map is fitted on ``train``, its penalty chosen on ``dev``, scored on ``test``.
+        split: part of each pair: the map is fitted on ``train``, its penalty chosen on ``dev``, scored on ``test``.
         own: states that the tower itself projects into the joint space, by hidden index; no map is fitted for them.
         names: what the two sides are called, that of ``states`` first.
         items: which pairs show the same thing on the side of ``states`` (equal values); None: all differ.

@@ -47,7 +47,7 @@ def probe(
     revision: Annotated[str | None, _option(_MODEL, "--revision", help="Branch, tag or commit of a hub model.")] = None,
     stack: Annotated[
         str | None,
-        _option(_MODEL, "--stack", help="Which block stack, for models with several (encoder, text, vision, …)."),
+        _option(_MODEL, "--stack", help="Which block stack, for models with several (encoder, text, vision)."),
     ] = None,
     offline: Annotated[
         bool | None, _option(_MODEL, "--offline/--online", help="Never ask the hub.", show_default=False)
