@@ -290,3 +290,17 @@ def test_dry_run_speaks_of_images(tmp_path, cache):
     assert "images     " in outcome.output
     assert " distinct, " in outcome.output
     assert load_model(tmp_path / "vit").image_processor is not None
+
+
+def test_watching_an_image_model_reads_it_with_its_processor_in_the_tokenizers_place(tmp_path):
+    from analysis import forgetting_signal
+    from spafit.image_processing import plain_processor
+
+    folder = digits_folder(tmp_path, train=300, test=200)
+    signal = forgetting_signal(plain_processor(channels=1, image_size=(8, 8)), load_tasks([f"images:{folder}#class"]))
+    model = tiny_vit(classes=10)
+    signal.measure(model, 0)
+    train_digits(model, epochs=8)
+    lost = {hidden: value for name, hidden, value in signal.measure(model, 1) if name == "lost:digits.class"}
+    assert sorted(lost) == [0, 1, 2, 3, 4]
+    assert min(lost.values()) < -0.05  # classes became easier to read
