@@ -56,11 +56,17 @@ def is_baseline(control: str) -> bool:
 
 
 def check_columns(controls: Sequence[str], tasks: Sequence[Task]) -> None:
-    """Refuse a column that no task has, or that does not hold finite numbers.
+    """Refuse a column that no task has, or that does not hold finite numbers, and word order where there is none.
 
     Raises:
-        UsageError: names the columns of numbers that there are.
+        UsageError: names the columns of numbers that there are, or the task whose items are images.
     """
+    images = next((t for t in tasks if t.corpus.of_images), None)
+    if "permuted-order" in controls and images is not None:
+        raise UsageError(
+            f"--controls permuted-order: the items of task {images.name!r} are images, which have no word order. "
+            "Leave it out; permuted-weights and random-encoder work with images."
+        )
     for control in (c for c in controls if c.startswith("column:")):
         name = control.removeprefix("column:")
         having = [t for t in tasks if name in _metadata(t)]
@@ -77,6 +83,8 @@ def unsuited(control: str, task: Task) -> str:
     """Why a baseline cannot be had for a task; empty if it can."""
     if control.startswith("column:") and control.removeprefix("column:") not in _metadata(task):
         return f"no control {control}: its items have no such column"
+    if control in ("bag-of-words", "tf-idf", "length") and task.corpus.of_images:
+        return f"no control {control}: it reads words, and the items are images"
     if control == "majority-per-word":
         if task.kind != "classes":
             return "no control majority-per-word: the task has no classes"

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probing.align import EncodedTexts, encode_texts, excerpt, ragged
-from probing.forward import SiteStates, pick_stack, site_states
+from probing.forward import SiteStates, pick_stack, site_states, takes_images
+from probing.patches import check_kind, encode_images, patch_grid, pixel_values
 from probing.pooling import POOLINGS, Segments
 from probing.store import FORMAT_VERSION, ITEM_BYTES, Layout, Series
-from probing.tasks.base import Text
+from probing.tasks.base import Image, Text
 from spafit.errors import ModelError, UsageError, did_you_mean
 from spafit.io import content_digest
 from spafit.runtime import torch_dtype
@@ -43,7 +44,9 @@ class Batch:
     """One forward pass: the texts at ``rows`` (positions in the batched order), padded on the right.
 
     Attributes:
-        inputs: ``input_ids``, ``attention_mask``, ``token_type_ids``, each of shape (texts, tokens).
+        inputs: ``input_ids``, ``attention_mask``, ``token_type_ids``, each of shape (texts, tokens); or
+            ``pixel_values`` of shape (images, channels, height, width).
+        shape: (texts, tokens), padding included.
         words: tokens of each usable word.
         whole: all tokens of each text, special ones included: what ``first`` and ``last`` of a sentence take.
         own: the tokens of each text without the special ones: what ``mean`` and ``max`` of a sentence take.
@@ -57,6 +60,7 @@ class Batch:
     own: Segments
     rows: tuple[int, int]
     tokens: int
+    shape: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class ExtractionPlan:
         batch_tokens: padded tokens per batch.
         layout: how the states lie in files.
         sites: what is read.
+        of_images: whether the texts are images.
     """
 
     folder: Path
@@ -101,6 +106,7 @@ class ExtractionPlan:
     order: np.ndarray = field(repr=False)
     unique: np.ndarray = field(repr=False)
     source: Sequence[Text] = field(repr=False)
+    of_images: bool
 
     @cached_property
     def _words_before(self) -> np.ndarray:
@@ -124,6 +130,10 @@ class ExtractionPlan:
         ids[flat], mask[flat], types[flat] = encoded.ids[at], 1, encoded.types[at]
         named = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
+        inputs = {k: torch.from_numpy(v.reshape(n, width)) for k, v in named.items()}
+        if self.of_images:
+            inputs = pixel_values(self.loaded, [self.source[i] for i in self.unique[self.order[a:b]]])
+
         spans = slice(encoded.word_offsets[a], encoded.word_offsets[b])
         first, last = encoded.word_first[spans].astype(np.int64), encoded.word_last[spans].astype(np.int64)
         usable = first >= 0
@@ -132,12 +142,13 @@ class ExtractionPlan:
         words = np.repeat(start - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
         own = encoded.own[at]
         return Batch(
-            inputs={k: torch.from_numpy(v.reshape(n, width)) for k, v in named.items()},
+            inputs=inputs,
             words=Segments.of(words, counts, device=device),
             whole=Segments.of(flat, lengths, device=device),
             own=Segments.of(flat[own], np.bincount(text[own], minlength=n), device=device),
             rows=rows,
             tokens=len(flat),
+            shape=(n, width),
         )
 
     def words_in(self, rows: tuple[int, int]) -> int:
@@ -152,7 +163,8 @@ class ExtractionPlan:
     def name_of(self, row: int) -> str:
         """What a message calls the text at ``row`` of the batched order."""
         given = int(self.unique[self.order[row]])
-        return f"text {given} ({excerpt(self.source[given].string)})"
+        what = "image" if self.of_images else "text"
+        return f"{what} {given} ({excerpt(self.source[given].string)})"
 
     def encoded_batches(self) -> list[dict[str, torch.Tensor]]:
         """Keyword arguments of every forward pass in order, for running the bare model over the same batches."""
@@ -184,14 +196,22 @@ def plan_extraction(
     from probing.cache import activations_folder
 
     _check_options(sites, word_pooling, sentence_pooling, dtype, batch_tokens)
-    if loaded.tokenizer is None:
-        raise ModelError(f"{loaded.name} has no tokenizer, so texts cannot be encoded. Give one with the model.")
     if isinstance(texts, str) or not all(isinstance(t, Text) for t in texts):
         raise UsageError("Texts must be a sequence of probing.Text, such as [Text('A sentence.')].")
     chosen = pick_stack(loaded, stack)
+    of_images = check_kind(loaded, chosen, texts, takes_images=takes_images(loaded, chosen))
+    if loaded.tokenizer is None and not of_images:
+        raise ModelError(f"{loaded.name} has no tokenizer, so texts cannot be encoded. Give one with the model.")
     offered = site_states(loaded, chosen, sites)
     unique, given, digest = _distinct(texts)
-    encoded = _encode(loaded, [texts[i] for i in unique], digest, numbers=unique)
+    chosen_texts = [texts[i] for i in unique]
+    reader = loaded.tokenizer_digest, loaded.max_length
+    if of_images:
+        grid = patch_grid(loaded, chosen)
+        encoded = encode_images([t for t in chosen_texts if isinstance(t, Image)], grid, numbers=unique)
+        reader = loaded.image_processor.digest if loaded.image_processor is not None else "", grid.tokens
+    else:
+        encoded = _encode(loaded, chosen_texts, digest, numbers=unique)
     order = np.argsort(-encoded.lengths, kind="stable")
     encoded = encoded.take(order)
 
@@ -221,8 +241,7 @@ def plan_extraction(
             FORMAT_VERSION,
             loaded.weights_digest,
             loaded.adapter_digest,
-            loaded.tokenizer_digest,
-            loaded.max_length,
+            *reader,
             chosen.path,
             *((s.key, s.hidden, s.width) for s in series),
             dtype,
@@ -260,6 +279,7 @@ def plan_extraction(
         order=order,
         unique=unique,
         source=texts,
+        of_images=of_images,
     )
 
 
@@ -287,7 +307,7 @@ def _check_options(
 
 def _distinct(texts: Sequence[Text]) -> tuple[np.ndarray, np.ndarray, str]:
     """Where each distinct text first stands, in an order that depends on content alone; which of them each text is."""
-    digests = [content_digest((t.string, t.spans, t.second)) for t in texts]
+    digests = [content_digest(t.content) for t in texts]
     first = {d: i for i, d in reversed(list(enumerate(digests)))}
     ordered = sorted(first)
     position = {d: i for i, d in enumerate(ordered)}

@@ -56,7 +56,7 @@ def control_types(task: Task) -> np.ndarray | None:
     types = task.items["control"].astype(str).to_numpy()
     if not (types == "").any():
         return types
-    if task.unit not in ("sentence", "pair") or not (types == "").all():
+    if task.unit not in ("sentence", "pair") or not (types == "").all() or task.corpus.of_images:
         return None
     types = content_words(task)
     split = task.items["split"].to_numpy()

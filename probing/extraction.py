@@ -15,7 +15,8 @@ import numpy as np
 
 from probing.batching import BATCH_TOKENS, Batch, ExtractionPlan, plan_extraction, word_rows
 from probing.cache import Lock, claim, lease, make_room, unclaim, write_facts
-from probing.forward import Backbone, pick_stack
+from probing.forward import Backbone, pick_stack, takes_images
+from probing.patches import patch_grid
 from probing.pooling import pool
 from probing.store import ActivationStore, Series, data_path, manifest_path, shard_halvings, shard_state, write_shard
 from probing.tasks.base import Text
@@ -56,7 +57,8 @@ def extract(
 
     Args:
         loaded: the model.
-        texts: what to encode. Texts longer than the model's window are cut; words beyond it have no state.
+        texts: what to encode: texts, or :class:`probing.tasks.base.Image` for a vision stack. Texts longer than the
+            model's window are cut; words beyond it have no state.
         sites: where states are read: ``block`` (the input of block 0 and every block's output), ``attention`` and
             ``feed_forward`` (branch outputs before they are added), ``heads`` (what the attention's output projection
             reads: all heads side by side), ``final_norm``.
@@ -143,25 +145,32 @@ def seconds_per_token(
 ) -> float:
     """Seconds per padded token of the forward pass alone, from two small timed batches (after one to warm up).
 
-    A rough figure for estimates: the batches are 32 tokens long, and real ones may be several times longer.
+    A rough figure for estimates: batches of text are 32 tokens long, and real ones may be several times longer; the
+    time to read images is not in it.
     """
     import torch
 
     place = pick_device(device)
-    backbone = Backbone(loaded, pick_stack(loaded, stack), dtype=dtype, device=place)
-    length = min(32, loaded.max_length or 32)
-    vocabulary = len(loaded.tokenizer) if loaded.tokenizer is not None else 2
-    ids = torch.arange(16 * length).reshape(16, length) % vocabulary
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    chosen = pick_stack(loaded, stack)
+    backbone = Backbone(loaded, chosen, dtype=dtype, device=place)
+    if takes_images(loaded, chosen):
+        grid = patch_grid(loaded, chosen)
+        shape = (max(1, 512 // grid.tokens), grid.tokens)
+        batch = {"pixel_values": torch.zeros((shape[0], *grid.size))}
+    else:
+        shape = (16, min(32, loaded.max_length or 32))
+        vocabulary = len(loaded.tokenizer) if loaded.tokenizer is not None else 2
+        ids = torch.arange(shape[0] * shape[1]).reshape(shape) % vocabulary
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     times = []
     with backbone.reading((), lambda site, hidden, states: None) as forward:
         for _ in range(3):
             begun = time.perf_counter()
-            forward(batch)
+            forward(batch, shape)
             if place.startswith("cuda"):
                 torch.cuda.synchronize(place)
             times.append(time.perf_counter() - begun)
-    return min(times[1:]) / ids.numel()
+    return min(times[1:]) / (shape[0] * shape[1])
 
 
 def store_facts(plan: ExtractionPlan) -> dict[str, object]:
@@ -286,7 +295,7 @@ def shard_runner(
             try:
                 batch = plan.batch(rows, device=device)
                 with nullcontext() if around is None else around(rows):
-                    forward(batch.inputs)
+                    forward(batch.inputs, batch.shape)
                 _check_finite(plan, batch, tensors, place)
                 return 0
             except RuntimeError as error:

@@ -56,12 +56,12 @@ def pick_stack(loaded: LoadedModel, name: str | None) -> Stack:
             f"Stack {stack.name!r} of {loaded.name} is a decoder that also reads an encoder's output; extraction from "
             "such stacks is not yet supported. Probe the encoder (stack='encoder') instead."
         )
-    if stack.name.startswith("vision"):
-        raise ModelError(
-            f"Stack {stack.name!r} of {loaded.name} takes images, and extraction encodes texts. "
-            "Probe states that you computed yourself with probing.probe_arrays."
-        )
     return stack
+
+
+def takes_images(loaded: LoadedModel, stack: Stack) -> bool:
+    """Whether a stack reads pixel values rather than token ids."""
+    return _backbone_path(loaded.model, stack)[1] == "pixel_values"
 
 
 def site_states(loaded: LoadedModel, stack: Stack, sites: Sequence[str]) -> tuple[SiteStates, ...]:
@@ -98,7 +98,7 @@ def site_states(loaded: LoadedModel, stack: Stack, sites: Sequence[str]) -> tupl
 
 
 class Backbone:
-    """The smallest part of a model that turns token ids into the stack's states; no head runs.
+    """The smallest part of a model that turns token ids, or pixels, into the stack's states; no head runs.
 
     Attributes:
         module: the part, in the precision and on the device asked for.
@@ -107,8 +107,9 @@ class Backbone:
 
     def __init__(self, loaded: LoadedModel, stack: Stack, *, dtype: str = "float32", device: str = "cpu"):
         self.stack, self.device, self.name = stack, device, loaded.name
-        self.path = _backbone_path(loaded.model, stack)
+        self.path, _ = _backbone_path(loaded.model, stack)
         self.module = _converted(loaded.model.get_submodule(self.path), dtype, device)
+        self.dtype = torch_dtype(dtype)
         parameters = inspect.signature(self.module.forward).parameters
         self.accepted = set(parameters)
         config = getattr(self.module, "config", None)
@@ -119,7 +120,11 @@ class Backbone:
 
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The keyword arguments that the backbone takes, on its device."""
-        wanted = {k: v.to(self.device) for k, v in batch.items() if k != "token_type_ids" or self.takes_types}
+        wanted = {
+            k: v.to(self.device, self.dtype if v.is_floating_point() else None)
+            for k, v in batch.items()
+            if k != "token_type_ids" or self.takes_types
+        }
         if "use_cache" in self.accepted:
             return {**wanted, "use_cache": False}
         return wanted
@@ -128,6 +133,7 @@ class Backbone:
     def reading(self, sites: Sequence[SiteStates], receive: Receiver) -> Iterator[Callable[..., None]]:
         """Within the block, the callable yielded runs one batch and hands every state to ``receive`` as it appears.
 
+        It takes the backbone's inputs and the (texts, tokens) of their states, by default those of the token ids.
         The model is in eval mode without gradients while a batch runs; its modes and hooks are put back on exit.
         """
         import torch
@@ -151,11 +157,11 @@ class Backbone:
             seen.add((site, hidden))
             receive(site, hidden, states)
 
-        def forward(batch: Mapping[str, torch.Tensor]) -> None:
+        def forward(batch: Mapping[str, torch.Tensor], tokens: tuple[int, int] | None = None) -> None:
             seen.clear()
             for counter in counters:
                 counter[0] = 0
-            shape[0] = tuple(batch["input_ids"].shape)
+            shape[0] = tuple(batch["input_ids"].shape) if tokens is None else tokens
             # no_grad rather than inference_mode: a model may keep buffers that it makes here, and train later.
             running[0] = True
             try:
@@ -235,15 +241,18 @@ def _first_output(output: Any) -> Any:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def _backbone_path(model: nn.Module, stack: Stack) -> str:
-    """Path of the innermost module around the stack (and its final norm) that takes token ids."""
+def _backbone_path(model: nn.Module, stack: Stack) -> tuple[str, str]:
+    """Path of the innermost module around the stack (and its final norm) that takes an input, and the input's name."""
+    names = ("pixel_values", "input_ids") if stack.name.startswith("vision") else ("input_ids", "pixel_values")
     place = parent_of(stack.path)
-    while place:
+    while True:
         accepted = inspect.signature(model.get_submodule(place).forward).parameters
-        if "input_ids" in accepted and (stack.final_norm is None or is_inside(stack.final_norm, place)):
-            return place
+        taken = next((n for n in names if n in accepted), None)
+        if taken and (not place or stack.final_norm is None or is_inside(stack.final_norm, place)):
+            return place, taken
+        if not place:
+            return "", names[0]
         place = parent_of(place)
-    return ""
 
 
 def _converted(module: nn.Module, dtype: str, device: str) -> nn.Module:

@@ -89,6 +89,8 @@ class ProbePlan:
             self.stack.path,
             *data,
         )
+        if task.corpus.of_images and model.image_processor is not None:
+            model_parts = (*model_parts, model.image_processor.digest)
         settings = (config.sites, config.pooling, self.hidden, self.settings, config.dtype, config.batch_tokens)
         return io.content_digest(
             (NUMBERS_VERSION, io.SCHEMA_VERSION, task.digest, task.level, *model_parts, *settings, self.device)
@@ -124,6 +126,7 @@ class ProbePlan:
         todo = [t for t in self.tasks if t.name not in self.done]
         tokens = sum(p.tokens for p in self.extractions.values())
         truncated = sum(p.truncated for p in self.extractions.values())
+        what = "images" if all(p.of_images for p in self.extractions.values()) else "texts"
         lines = [
             f"model      {self.loaded.name}  ({stack.num_blocks} blocks × {stack.width}, {stack.name})",
             f"device     {self.device}, {self.config.dtype}",
@@ -131,7 +134,7 @@ class ProbePlan:
             f"(0 = embeddings), pooling {', '.join(self.config.pooling)}, site {', '.join(self.config.sites)}, "
             f"probe {', '.join(self.config.probe)}",
             f"tasks      {len(self.tasks)}: {', '.join(t.name for t in self.tasks)}",
-            f"texts      {self.texts:,} distinct, {tokens:,} tokens, {self.encoders} encoder(s)"
+            f"{what:<10} {self.texts:,} distinct, {tokens:,} tokens, {self.encoders} encoder(s)"
             + (f"; {truncated:,} longer than the model's window are cut" if truncated else ""),
             f"cache      {self.bytes_on_disk / 1e6:,.0f} MB of pooled states",
             f"output     {self.out}",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TaskFactory = Callable[[], Task | Sequence[Task]]
 
 #: Prefixes of references that read files or data sets.
-PREFIXES = ("conllu:", "senteval:", "table:", "hub:", "edges:", "iob:", "propbank:")
+PREFIXES = ("conllu:", "senteval:", "table:", "hub:", "edges:", "iob:", "propbank:", "images:")
 #: Columns of :func:`list_tasks`.
 LIST_COLUMNS = ("name", "kind", "level", "unit", "classes", "train", "dev", "test", "description", "licence")
 
@@ -91,6 +91,8 @@ def load_tasks(references: Sequence[str], *, levels: Mapping[str, str] | Path | 
     * ``iob:PATH#spans,tags``: entities or other chunks in IOB2 (:func:`probing.tasks.iob.iob_tasks`);
     * ``propbank:PATH#constituents,roles``: parsed sentences with predicates
       (:func:`probing.tasks.propbank.propbank_tasks`);
+    * ``images:PATH#class,intensity``: a folder of labelled images, a table of image files, or a saved data set
+      (:func:`probing.tasks.images.image_tasks`);
     * a ``.yaml`` file that maps levels to lists of references, ``surface: [core.length, …]``, and files their tasks
       under those levels. Paths in it are relative to its folder.
 
@@ -187,7 +189,7 @@ class _Loader:
                 raise TaskError(f"{reference!r}: what to read is missing after the colon.")
             readers: dict[str, Callable[[str, Path], list[Task]]] = {
                 "conllu": self._conllu, "senteval": self._senteval, "table": self._table, "hub": self._hub,
-                "edges": self._edges, "iob": self._iob, "propbank": self._propbank,
+                "edges": self._edges, "iob": self._iob, "propbank": self._propbank, "images": self._images,
             }  # fmt: skip
             return readers[prefix](body, base)
         if reference.endswith((".yaml", ".yml")):
@@ -240,6 +242,11 @@ class _Loader:
 
         path, names = _path_and_names(body, base)
         return propbank_tasks(self._read_once("propbank", path, read_propbank), names)
+
+    def _images(self, body: str, base: Path) -> list[Task]:
+        from probing.tasks.images import image_tasks
+
+        return image_tasks(body, base=base)
 
     def _read_once(self, prefix: str, path: Path, read: Callable[[Path], SpanSource]) -> SpanSource:
         key = prefix, path.resolve()

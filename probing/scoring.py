@@ -121,7 +121,7 @@ def item_table(task: Task, fit: TaskFit, *, where: dict[str, str]) -> pd.DataFra
         seconds = [task.corpus.texts[i].string for i in items["text2"]]
     shown = [t.string if s is None else f"{t.string} ⏐ {s}" for t, s in zip(texts, seconds, strict=True)]
     spans = items[list(task.span_columns)].to_numpy()
-    target = [" ⏐ ".join(t.string[slice(*t.spans[i])] for i in own) for t, own in zip(texts, spans, strict=True)]
+    target = [" ⏐ ".join(t.words[i] for i in own) for t, own in zip(texts, spans, strict=True)]
     fixed: dict[str, Any] = {
         "item": items["item"].astype(str),
         "group": items["group"].astype(str),

@@ -101,6 +101,8 @@ def extract_sharing(
         alike = np.array_equal(plan.layout.text_edges, own.layout.text_edges) and np.array_equal(
             plan.encoded.ids, own.encoded.ids
         )
+        if own.of_images:
+            alike &= model.image_processor == before.image_processor
         if shared >= 2 and alike and plan.folder != own.folder:  # hidden state 0 alone is not worth a pass
             plans[name] = plan, min(shared, plan.stack.num_blocks)
     if not plans:

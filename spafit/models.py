@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spafit.digests import model_digest, tokenizer_digest
 from spafit.errors import ModelError, check_choice
 from spafit.hub import locate, quiet
+from spafit.image_processing import ImageProcessor, image_shape, load_image_processor
 from spafit.loading import adapter_base, load_adapted, load_backbone, load_tokenizer
 from spafit.runtime import generator, torch_seed
 from spafit.stacks import Stack, find_stacks, stack_at
@@ -44,6 +45,7 @@ class LoadedModel:
         stacks: its block stacks.
         max_length: the window in tokens, special ones included; None where nothing limits it.
         notes: what a report must say about this model.
+        image_processor: what turns images into its pixel values, or None where it reads none.
     """
 
     model: nn.Module
@@ -57,6 +59,7 @@ class LoadedModel:
     stacks: tuple[Stack, ...]
     max_length: int | None
     notes: tuple[str, ...]
+    image_processor: ImageProcessor | None = None
 
 
 def default_model_path() -> Path | None:
@@ -86,9 +89,10 @@ def load_model(
 
     Args:
         reference: a hub id; a local folder; a GGUF file, or a folder with one; a PEFT adapter folder, whose base is
-            found from its configuration; a pair ``(model, tokenizer)`` or a module in memory; None for the built-in
-            default. A model in memory keeps its modes and gradients: what is returned is a view that shares its
-            weights, so do not train it while results are computed.
+            found from its configuration; a pair ``(model, tokenizer)`` or a module in memory, where an image processor
+            (or a processor that holds both) may stand in the tokenizer's place; None for the built-in default. A model
+            in memory keeps its modes and gradients: what is returned is a view that shares its weights, so do not train
+            it while results are computed.
         revision: branch, tag or commit of a hub model.
         offline: never ask the hub; its cache is used.
         allow_pickle: accept pickle weights (.bin) where there are no safetensors. They are read by torch's restricted
@@ -140,6 +144,8 @@ def load_model(
     model = model.eval().requires_grad_(False).to(device)
     stacks = (stack_at(model, stack),) if stack is not None else find_stacks(model)
     tokenizer = load_tokenizer(homes, required=_reads_text(model, stacks))
+    folders = [h.folder for h in homes]
+    images = load_image_processor(model, folders, notes=notes) if _reads_images(model, stacks) else None
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -152,6 +158,7 @@ def load_model(
         stacks=stacks,
         max_length=model_window(model, tokenizer),
         notes=tuple(notes),
+        image_processor=images,
     )
 
 
@@ -237,6 +244,8 @@ def _from_memory(model: nn.Module, tokenizer: Any | None, *, stack: str | None) 
             backbone = backbone.base_model
     view = _view(backbone).eval()
     stacks = (stack_at(view, stack),) if stack is not None else find_stacks(view)
+    notes: list[str] = []
+    tokenizer, images = _readers(view, stacks, tokenizer, notes)
     return LoadedModel(
         model=view,
         tokenizer=tokenizer,
@@ -248,7 +257,27 @@ def _from_memory(model: nn.Module, tokenizer: Any | None, *, stack: str | None) 
         tokenizer_digest=tokenizer_digest(tokenizer),
         stacks=stacks,
         max_length=model_window(view, tokenizer),
-        notes=(),
+        notes=tuple(notes),
+        image_processor=images,
+    )
+
+
+def _readers(
+    model: nn.Module, stacks: tuple[Stack, ...], given: Any | None, notes: list[str]
+) -> tuple[Any | None, ImageProcessor | None]:
+    """Tokenizer and image processor from what stands beside a model in memory: either, both in one, or None."""
+    if not _reads_images(model, stacks):
+        return given, None
+    tokenizer, images = getattr(given, "tokenizer", None), getattr(given, "image_processor", None)
+    if tokenizer is None and images is None:
+        if isinstance(given, ImageProcessor) or hasattr(given, "image_mean") or hasattr(given, "do_rescale"):
+            images = given
+        else:
+            tokenizer = given
+    if images is None:
+        return tokenizer, load_image_processor(model, [], notes=notes)
+    return tokenizer, images if isinstance(images, ImageProcessor) else ImageProcessor.of(
+        images, channels=image_shape(model)[0]
     )
 
 
@@ -296,6 +325,10 @@ def _same_stacks(model: nn.Module, loaded: LoadedModel) -> tuple[Stack, ...]:
 
 def _reads_text(model: Any, stacks: Iterable[Stack]) -> bool:
     return getattr(model, "main_input_name", "") == "input_ids" or any(s.name == "text" for s in stacks)
+
+
+def _reads_images(model: Any, stacks: Iterable[Stack]) -> bool:
+    return getattr(model, "main_input_name", "") == "pixel_values" or any(s.name.startswith("vision") for s in stacks)
 
 
 def model_window(model: nn.Module, tokenizer: Any | None) -> int | None:

@@ -110,10 +110,13 @@ def capture(
                 model(**inputs)
         except _AllCaptured:
             pass
-    shape = tuple(inputs["input_ids"].shape)
     for prefix in prefixes:
         output = found.get(prefix.stack.name)
         got = None if output is None else tuple(output.states.shape[:-1])
+        if "input_ids" in inputs:
+            shape = tuple(inputs["input_ids"].shape)
+        else:  # images, of which the model makes the tokens
+            shape = (len(inputs["pixel_values"]), *(got or ())[1:])
         if got != shape:
             raise PrefixError(
                 f"Stack {prefix.stack.name!r} gives states of shape {got} where one per token, {shape}, is needed, so "

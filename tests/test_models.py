@@ -75,7 +75,8 @@ def test_folder_gives_the_model_that_was_saved_in_eval_mode_without_gradients(tm
     assert (loaded.name, loaded.reference, loaded.revision) == (name, str(tmp_path / name), None)
     assert loaded.max_length == window
     assert (loaded.tokenizer is None) == (name == "vit")
-    assert loaded.notes == ()
+    assert (loaded.image_processor is None) == (name not in ("clip", "vit"))
+    assert [n.partition(":")[0] for n in loaded.notes] == ["no preprocessor_config.json"] * (name in ("clip", "vit"))
 
 
 def test_window_of_roberta_leaves_out_its_position_offset(tmp_path):

@@ -46,7 +46,8 @@ def probe(
     ] = None,
     revision: Annotated[str | None, _option(_MODEL, "--revision", help="Branch, tag or commit of a hub model.")] = None,
     stack: Annotated[
-        str | None, _option(_MODEL, "--stack", help="Which block stack, for models with several (encoder, text, …).")
+        str | None,
+        _option(_MODEL, "--stack", help="Which block stack, for models with several (encoder, text, vision)."),
     ] = None,
     offline: Annotated[
         bool | None, _option(_MODEL, "--offline/--online", help="Never ask the hub.", show_default=False)

@@ -24,8 +24,8 @@ _Reference = Annotated[
     typer.Argument(
         metavar="REF",
         help="A registered name or group, conllu:PATH#NAMES, senteval:PATH#NAMES, table:PATH,text=COLUMN,label=COLUMN, "
-        "hub:NAME,text=COLUMN,label=COLUMN, edges:PATH, iob:PATH#spans,tags, propbank:PATH#constituents,roles, or a "
-        ".yaml file that groups references by level. Several: with commas.",
+        "hub:NAME,text=COLUMN,label=COLUMN, edges:PATH, iob:PATH#spans,tags, propbank:PATH#constituents,roles, "
+        "images:PATH#class,intensity, or a .yaml file that groups references by level. Several: with commas.",
     ),
 ]
 
@@ -177,6 +177,8 @@ def _label(task: Task, label: Any) -> str:
 def _marked(task: Task, item: dict[Any, Any]) -> str:
     """The text with the item's span in brackets (a second one in braces), or both texts of a pair."""
     found = task.corpus.texts[item["text"]]
+    if task.corpus.of_images:
+        return " ".join([found.string, *(f"[{found.words[item[c]]}]" for c in task.span_columns)])
     if task.span_columns:
         shown = found.string
         marks = []

@@ -56,10 +56,44 @@ class Text:
         """The strings under the spans."""
         return tuple(self.string[a:b] for a, b in self.spans)
 
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What an encoder reads, and which of its states are kept: what decides whether two texts are the same."""
+        return self.string, self.spans, self.second
+
+
+@dataclass(frozen=True)
+class Image(Text):
+    """One image in a text's place: it goes through a model's vision stack, and its patches stand for words.
+
+    A span ``(k, k + 1)`` is cell k of a grid of ``grid`` × ``grid`` equal cells over what the model sees, counted row
+    by row from the top left; its state is that of the patch around the cell's centre, whatever the patches' size.
+
+    Attributes:
+        string: what displays call it, such as the file's name; it plays no part in what is computed.
+        source: path of the file, or its encoded bytes.
+        digest: SHA-256 of its bytes.
+        grid: cells per side that spans count by.
+    """
+
+    source: str | bytes = field(default="", repr=False)
+    digest: str = ""
+    grid: int = 1
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What displays call the cells: row and column, from 1."""
+        return tuple(f"row {a // self.grid + 1} column {a % self.grid + 1}" for a, _ in self.spans)
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """See :attr:`Text.content`: the bytes' digest, not the name."""
+        return ("image", self.digest, self.grid if self.spans else 0, self.spans)
+
 
 @dataclass(frozen=True)
 class Corpus:
-    """Distinct texts that the tasks of one source share, so that each is encoded once.
+    """Distinct texts (or images) that the tasks of one source share, so that each is encoded once.
 
     Attributes:
         name: the source, for example ``core`` or a treebank's folder name.
@@ -72,7 +106,12 @@ class Corpus:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over all texts, their spans and second segments."""
-        return content_digest((t.string, t.spans, t.second) for t in self.texts)
+        return content_digest(t.content for t in self.texts)
+
+    @property
+    def of_images(self) -> bool:
+        """Whether the texts are images, which other stacks encode and no word-based control reads."""
+        return isinstance(self.texts[0], Image) if self.texts else False
 
 
 @dataclass(frozen=True)
