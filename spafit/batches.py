@@ -45,8 +45,8 @@ class EncodedTexts:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each item, shape (items,)."""
-        return np.array([len(i["input_ids"]) for i in self.items])
+        """Tokens of each item, shape (items,); 1 of items without texts."""
+        return np.array([len(i.get("input_ids") or i.get("labels") or (0,)) for i in self.items])
 
 
 def encode(frame: pd.DataFrame, tokenizer: Any, *, max_length: int, regression: bool) -> EncodedTexts:

@@ -189,6 +189,8 @@ def table_if_there(stem: Path) -> pd.DataFrame | None:
 def _metric(name: Hashable, names: Sequence[str]) -> str:
     if name == "headline" and "bits_per_token" in names:
         return "headline: minus bits_per_token"
+    if name == "headline" and "text_recall@1" in names:
+        return "headline: mean of text_recall@1 and image_recall@1"
     return f"headline: mean of {' and '.join(names)}" if name == "headline" else str(name)
 
 

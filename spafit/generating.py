@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,9 @@ from spafit.errors import DataError, UsageError
 from spafit.runtime import Progress, seed_sequence
 from spafit.text_windows import encode_prompt, end_of_text
 
+if TYPE_CHECKING:
+    from spafit.image_processing import ImageProcessor
+
 #: What :func:`generate` gives of each prompt.
 COLUMNS = ("prompt", "text", "tokens", "ended")
 
@@ -19,7 +22,7 @@ COLUMNS = ("prompt", "text", "tokens", "ended")
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     *,
     max_new_tokens: int = 64,
     num_beams: int = 1,
@@ -29,16 +32,17 @@ def generate(
     seed: int = 0,
     batch_size: int = 16,
     plain: bool = False,
+    image_processor: ImageProcessor | None = None,
     quiet: bool = False,
 ) -> pd.DataFrame:
-    """Write an answer to each prompt.
+    """Write an answer to each prompt, or a caption to each image.
 
     Greedy and beam search give the same texts in any batch size, up to ties within rounding; draws depend on the batch.
 
     Args:
         model: causal language model or encoder-decoder, in any mode, which is put back.
         tokenizer: its tokenizer, with a token that ends a text.
-        prompts: what is read; see :func:`spafit.text_windows.encode_prompt`.
+        prompts: what is read, see :func:`spafit.text_windows.encode_prompt`; with an ``image_processor`` images.
         max_new_tokens: tokens written, at most.
         num_beams: beams; 1 is greedy.
         sample: draw tokens instead of taking the most probable ones.
@@ -47,6 +51,7 @@ def generate(
         seed: of draws; the global generator is put back.
         batch_size: prompts at a time.
         plain: the prompt is the beginning of a text to be continued, as it stands: no chat template, no line break.
+        image_processor: of a model that reads images (paths or bytes in ``prompts``) and writes texts.
         quiet: no progress on stderr.
 
     Returns:
@@ -72,8 +77,12 @@ def generate(
         raise UsageError("temperature and top_p are of draws. Set sample, or leave them out.")
     end = end_of_text(tokenizer)
     separate = bool(model.config.is_encoder_decoder)
-    encoded = [_encoded(tokenizer, p, separate=separate, plain=plain) for p in prompts]
-    window = model_window(model, tokenizer)
+    seen = image_processor
+    encoded = [[0] if seen else _encoded(tokenizer, p, separate=separate, plain=plain) for p in prompts]
+    room = decoder_room(model)
+    if separate and room is not None and max_new_tokens > room:
+        raise UsageError(f"The decoder has places for {room} tokens, and {max_new_tokens} are asked for. Write fewer.")
+    window = None if seen else model_window(model, tokenizer)
     for i, ids in enumerate(encoded):
         needed = len(ids) + (0 if separate else max_new_tokens)
         if window is not None and needed > window:
@@ -99,9 +108,12 @@ def generate(
             # A decoder goes on from the last column, so its padding is on the left; an encoder's place is the right.
             rows = [_padded(encoded[i], longest, pad, left=not separate) for i in part]
             ids, mask = (torch.tensor(column, device=device) for column in zip(*rows, strict=True))
+            read = {"input_ids": ids, "attention_mask": mask}
+            if seen is not None:
+                read = {"pixel_values": seen([prompts[i] for i in part]).to(device)}
             with torch.inference_mode():
                 output = model.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, num_beams=num_beams,
+                    **read, max_new_tokens=max_new_tokens, num_beams=num_beams,
                     do_sample=sample, pad_token_id=pad, eos_token_id=_ends(model, end), **drawn,
                 )  # fmt: skip
             written = output[:, 1:] if separate else output[:, longest:]  # after the decoder's first token
@@ -111,8 +123,15 @@ def generate(
                 found[i] = (tokenizer.decode(kept, skip_special_tokens=True).strip(), len(kept), bool(ends))
             bar.advance(len(part))
     table = pd.DataFrame(found, columns=list(COLUMNS[1:]))
-    table.insert(0, "prompt", list(prompts))
+    table.insert(0, "prompt", [p if isinstance(p, str) else "" for p in prompts])
     return table
+
+
+def decoder_room(model: Any) -> int | None:
+    """Tokens that the decoder of an encoder-decoder can write; None where nothing limits it."""
+    config = getattr(model.config, "decoder", None) or model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    return None if positions is None else int(positions) - 1  # one place is the token that it starts with
 
 
 def _ends(model: Any, end: int) -> list[int]:

@@ -16,14 +16,36 @@ from spafit.models import DEFAULT_NAME, default_model_path
 if TYPE_CHECKING:
     from torch import nn
 
-Head = Literal["sequence-classification", "token-classification", "image-classification", "causal-lm", "seq2seq-lm"]
+    from spafit.image_processing import ImageProcessor
+
+Head = Literal[
+    "sequence-classification", "token-classification", "image-classification", "causal-lm", "seq2seq-lm",
+    "image-text-matching", "image-to-text",
+]  # fmt: skip
 _AUTO = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "image-classification": "AutoModelForImageClassification",
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "image-text-matching": "AutoModelForZeroShotImageClassification",
+    "image-to-text": "AutoModelForImageTextToText",
 }
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Tokenizer and image processor of a model, as far as it has them."""
+
+    tokenizer: Any | None
+    image_processor: ImageProcessor | None
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write both into a model's folder."""
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        if self.image_processor is not None:
+            self.image_processor.save(folder)
 
 
 @dataclass(frozen=True)
@@ -40,6 +62,7 @@ class HeadedModel:
         head: the kind of head.
         missing: names of the parameters that the checkpoint lacks, which start from random weights.
         notes: what a report must say, such as that the head starts from random weights.
+        image_processor: of models that read images, where the task needs it.
     """
 
     model: nn.Module
@@ -51,12 +74,12 @@ class HeadedModel:
     head: Head
     missing: tuple[str, ...]
     notes: tuple[str, ...]
-    image_processor: Any | None = None
+    image_processor: ImageProcessor | None = None
 
     @property
-    def processor(self) -> Any:
-        """What makes inputs of items, to be saved beside the model: the tokenizer, or the image processor."""
-        return self.tokenizer if self.tokenizer is not None else self.image_processor
+    def readers(self) -> Readers:
+        """What makes inputs of items, to be saved beside the model."""
+        return Readers(self.tokenizer, self.image_processor)
 
 
 def load_with_head(

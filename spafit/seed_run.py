@@ -257,7 +257,7 @@ def _write(
         notes=run["notes"],
     )
     checkpoint.save(stratified, target, base=base, card=card)
-    headed.processor.save_pretrained(str(target))
+    headed.readers.save_pretrained(str(target))
     saved = sum(p.stat().st_size for p in target.iterdir() if p.suffix == ".safetensors")
     shared = {
         "task": data.name, "method": job.name, "seed": run["seed"], "learning_rate": settings.learning_rate,
@@ -316,10 +316,10 @@ def _run(
             notes.append(f"{found.truncated} of {len(found)} {what} items were cut at {found.window} tokens")
         return found
 
-    def selection(summaries: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    def selection(summaries: np.ndarray, index: np.ndarray) -> dict[str, float]:
         """The scores, and what the checkpoint is chosen by: the headline, and among equal ones the loss."""
         ordered = np.empty_like(summaries)
-        ordered[np.argsort(select.lengths, kind="stable")] = summaries  # as the Trainer's sampler has them
+        ordered[index] = summaries
         found = kind.score(ordered, select)
         loss = found.pop("loss")
         return {**found, SELECTION: found["headline"] - 1e-6 * loss}
@@ -358,7 +358,7 @@ def _run(
 
             checkpoint_trained_blocks(stratified)
         trainer = StratifiedTrainer(
-            stratified, settings, arguments, train=train, select=select, tokenizer=headed.processor,
+            stratified, settings, arguments, train=train, select=select, tokenizer=headed.readers,
             metrics=selection, collate=collate, loss=kind.loss, units=kind.units, cache=cache, remedies=job.remedies,
             weights=weights, base=base, callbacks=[monitor, recorder],
         )  # fmt: skip
@@ -474,6 +474,10 @@ def _prefix_cache(
 
     if settings.prefix_cache == "off" or settings.prefix_dropout:
         return None, ""
+    if len(train) and "input_ids" not in train.items[0]:
+        if settings.prefix_cache == "on":
+            raise UsageError("The prefix cache holds states of texts, and the items are images. Set it off.")
+        return None, "prefix cache off: the items are images"
     free = shutil.disk_usage(folder).free
     job.processes.wait()  # all decide on the same free space
     pays, why = prefix_pays(stratified, train, epochs=settings.epochs, free_bytes=free, device=job.processes.device)

@@ -17,6 +17,7 @@ from spafit import checkpoint, io
 from spafit.adapt import StratifiedModel, canonical_name, canonical_parameters
 from spafit.batches import Collator, EncodedTexts, EpochOrder
 from spafit.errors import ModelError, NumericalError, OutputError, UsageError
+from spafit.hub import quiet
 from spafit.kinds.base import Collate
 from spafit.kinds.classification import classification_loss
 from spafit.monitor import SELECTION, STATE_FILE, exhausted
@@ -287,6 +288,9 @@ def load_weights(stratified: StratifiedModel, folder: Path) -> None:
         state |= load_file(str(file))
     model = stratified.model
     own = model.state_dict()
+    if set(state) - set(own):  # transformers saves some models under names of older versions
+        with quiet():
+            state = type(model).from_pretrained(str(folder), local_files_only=True, dtype=model.dtype).state_dict()
     state = {n: checkpoint.sharded_like(t, own[n]) if n in own else t for n, t in state.items()}
     result = model.load_state_dict(state, strict=False)
     untied = set(result.missing_keys) - set(stratified.plan.tied)
@@ -361,7 +365,7 @@ def training_arguments(
         logging_steps=settings.log_steps,
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
-        label_names=["labels"],
+        label_names=["index"],  # an evaluation is told which items it has seen, and gathers nothing else
         dataloader_num_workers=settings.workers,
         dataloader_pin_memory=device.startswith("cuda"),
         report_to=list(settings.track) or "none",

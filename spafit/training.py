@@ -181,7 +181,7 @@ def _result(job: Job, done: Sequence[dict[str, Any]]) -> FitResult:
                 "source": job.data.source,
                 "items": {s: len(f) for s, f in job.data.frames.items()},
             },
-            "notes": list(dict.fromkeys(note for d in done for note in d["run"]["notes"])),
+            "notes": list(dict.fromkeys([*job.data.notes, *(note for d in done for note in d["run"]["notes"])])),
             **provenance(),
         },
         pd.concat([d["metrics"] for d in done], ignore_index=True)[list(METRIC_COLUMNS)],

@@ -234,7 +234,7 @@ def test_bad_data_and_models_are_refused_in_a_sentence(tmp_path: Path, monkeypat
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"q": "cat", "a": a}) + "\n" for a in ("dog", " ", "")))
     with pytest.raises(DataError, match=r"p.jsonl, row 2: the answer is empty \(2 in all\)"):
         answers_data({"train": tmp_path / "p.jsonl"}, prompt="q", answer="a")
-    with pytest.raises(DataError, match="no column 'w'. Columns: q, a"):
+    with pytest.raises(DataError, match=r"no column .w.\. Columns: q, a"):
         answers_data({"train": tmp_path / "p.jsonl"}, prompt="q", answer="w")
     save_tiny("t5", tmp_path / "t5", auto="AutoModelForSeq2SeqLM")
     save_tiny("bert", tmp_path / "bert")
@@ -258,7 +258,7 @@ def test_bad_data_and_models_are_refused_in_a_sentence(tmp_path: Path, monkeypat
             out=tmp_path / "o",
             quiet=True,
         )
-    with pytest.raises(UsageError, match="has no 'poems'|poems"):
+    with pytest.raises(UsageError, match="poems"):
         kind_of(TrainData("x", text.frames, None, (), kind="poems"))
     how = TrainSettings(max_length=4, epochs=1)
     long = TrainData(

@@ -33,7 +33,9 @@ class TrainData:
             text, or match images with texts, have their own and leave this empty.
         source: where the rows came from, for the record.
         kind: one of :data:`spafit.kinds.KINDS`: ``classification`` (of texts, or values), ``text`` (running text, the
-            column ``text``), ``answers`` (``prompt`` and ``answer``).
+            column ``text``), ``answers`` (``prompt`` and ``answer``), ``images`` (classes; ``image`` and ``label``),
+            ``matching`` (``image`` and ``text``), ``captions`` (``image`` and ``answer``).
+        notes: what a report must say of the data.
     """
 
     name: str
@@ -42,6 +44,7 @@ class TrainData:
     metrics: tuple[str, ...]
     source: str = ""
     kind: str = "classification"
+    notes: tuple[str, ...] = ()
     digests: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -70,7 +73,7 @@ class TrainData:
             parts: list[object] = [self.name, self.labels, self.metrics]
             parts += [] if self.kind == "classification" else [self.kind]
             for split, frame in self.frames.items():
-                columns = [c for c in ("text", "text2", "prompt", "answer", "label", "idx") if c in frame]
+                columns = [c for c in ("text", "text2", "prompt", "answer", "label", "idx", "digest") if c in frame]
                 parts += [split, *(frame[c].astype(str).str.cat(sep="\x1f") for c in columns)]
             self.digests["all"] = io.content_digest(parts)
         return self.digests["all"]

@@ -16,6 +16,9 @@ KINDS = {
     "classification": ("spafit.kinds.classification", "Classification"),
     "text": ("spafit.kinds.language", "RunningText"),
     "answers": ("spafit.kinds.language", "Answers"),
+    "images": ("spafit.kinds.images", "ImageClassification"),
+    "matching": ("spafit.kinds.images", "Matching"),
+    "captions": ("spafit.kinds.images", "Captions"),
 }
 
 

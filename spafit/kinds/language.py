@@ -33,6 +33,8 @@ class _Language(TaskKind):
     """A summary is (bits, tokens predicted, tokens whose most probable one was right)."""
 
     keeps_head: ClassVar[bool] = True
+    #: Columns of texts, none of which may be empty.
+    texts: ClassVar[tuple[str, ...]] = ()
 
     def check(self, settings: TrainSettings) -> None:
         """No classes, no metrics of classes; every text has something in it.
@@ -46,7 +48,7 @@ class _Language(TaskKind):
         if self.data.labels is not None or self.data.metrics:
             raise UsageError("A task that writes text has no labels or metrics of classes. Leave them out.")
         for split, frame in self.data.frames.items():
-            for column in self.columns:
+            for column in self.texts:
                 empty = np.flatnonzero(frame[column].astype(str).str.strip() == "")
                 if len(empty):
                     raise DataError(
@@ -78,7 +80,7 @@ class _Language(TaskKind):
     def collator(self, headed: HeadedModel) -> Collate:
         """Padding on the right; no loss is taken of it."""
         start = None
-        if headed.head == "seq2seq-lm":
+        if headed.head != "causal-lm":
             start = int(headed.model.config.decoder_start_token_id)  # type: ignore[union-attr, arg-type]
         return PaddedText(int(headed.tokenizer.pad_token_id), start)  # type: ignore[union-attr]
 
@@ -130,6 +132,7 @@ class RunningText(_Language):
     """Running text in packed windows, every token of which is predicted but the first."""
 
     columns: ClassVar[tuple[str, ...]] = ("text",)
+    texts: ClassVar[tuple[str, ...]] = columns
 
     def head(self, reference: str | None, *, revision: str | None, offline: bool) -> Head:
         """A causal language model.
@@ -161,6 +164,7 @@ class Answers(_Language):
     """Answers to prompts: the loss is taken of the answer alone."""
 
     columns: ClassVar[tuple[str, ...]] = ("prompt", "answer")
+    texts: ClassVar[tuple[str, ...]] = columns
 
     def head(self, reference: str | None, *, revision: str | None, offline: bool) -> Head:
         """A causal language model or an encoder-decoder, whichever the model is."""
@@ -192,18 +196,24 @@ class Answers(_Language):
         self, model: Any, headed: HeadedModel, frame: pd.DataFrame, settings: TrainSettings
     ) -> tuple[dict[str, float], pd.DataFrame | None]:
         """Greedy answers, exact match, and ROUGE where rouge-score is installed."""
-        from spafit.generating import generate
+        from spafit.generating import decoder_room, generate
         from spafit.generation_metrics import answer_scores
 
         assert headed.tokenizer is not None
         kept = frame.iloc[:WRITTEN]
         longest = headed.tokenizer(kept["answer"].astype(str).tolist(), verbose=False)["input_ids"]
+        most = min(settings.max_length, 8 + max(map(len, longest)))
+        if headed.head != "causal-lm":
+            most = min(most, decoder_room(headed.model) or most)
         written = generate(
-            model, headed.tokenizer, kept["prompt"].astype(str).tolist(), quiet=True,
-            max_new_tokens=min(settings.max_length, 8 + max(map(len, longest))), batch_size=4 * settings.batch_size,
+            model, headed.tokenizer, **self._read(headed, kept), quiet=True, max_new_tokens=most, batch_size=4 * settings.batch_size,
         )  # fmt: skip
         texts = pd.DataFrame({"answer": kept["answer"].to_numpy(), "written": written["text"].to_numpy()})
         return answer_scores(texts["written"], texts["answer"]), texts
+
+    def _read(self, headed: HeadedModel, frame: pd.DataFrame) -> dict[str, Any]:
+        """What :func:`spafit.generating.generate` reads of a frame."""
+        return {"prompts": frame["prompt"].astype(str).tolist()}
 
 
 @dataclass(frozen=True)
@@ -226,7 +236,9 @@ class PaddedText:
             longest = max(len(item[name]) for item in items)
             return torch.tensor([[*item[name], *[value] * (longest - len(item[name]))] for item in items])
 
-        batch = {"input_ids": padded("input_ids", self.pad), "attention_mask": padded("attention_mask", 0)}
+        batch = {}
+        if "input_ids" in items[0]:  # not of images
+            batch = {"input_ids": padded("input_ids", self.pad), "attention_mask": padded("attention_mask", 0)}
         batch["labels"] = padded("labels", IGNORED)
         if self.start is not None:
             shifted = batch["labels"].roll(1, dims=1)
@@ -252,7 +264,7 @@ def ready_to_pad(headed: HeadedModel) -> HeadedModel:
         notes.append(f"padded with {end!r}, since the tokenizer has no token for that; no loss is taken of padding")
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
-    if headed.head == "seq2seq-lm" and getattr(config, "decoder_start_token_id", None) is None:
+    if headed.head != "causal-lm" and getattr(config, "decoder_start_token_id", None) is None:
         start = next((i for i in (tokenizer.bos_token_id, tokenizer.cls_token_id) if i is not None), None)
         if start is None:
             raise ModelError(
