@@ -107,8 +107,8 @@ def generate(
             longest = max(len(encoded[i]) for i in part)
             # A decoder goes on from the last column, so its padding is on the left; an encoder's place is the right.
             rows = [_padded(encoded[i], longest, pad, left=not separate) for i in part]
-            ids, mask = (torch.tensor(column, device=device) for column in zip(*rows, strict=True))
-            read = {"input_ids": ids, "attention_mask": mask}
+            columns = [torch.tensor(column, device=device) for column in zip(*rows, strict=True)]
+            read = {"input_ids": columns[0], "attention_mask": columns[1]}
             if seen is not None:
                 read = {"pixel_values": seen([prompts[i] for i in part]).to(device)}
             with torch.inference_mode():

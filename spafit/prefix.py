@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import torch
 
     from spafit.adapt import StratifiedModel
-    from spafit.batches import Collator, EncodedTexts
+    from spafit.batches import EncodedTexts
 
 FORMAT_VERSION = 1
 #: Nominal rates for the automatic decision only: multiply-adds in blocks per second, by kind of device, and bytes per
@@ -97,7 +97,7 @@ class PrefixCache:
         cls,
         stratified: StratifiedModel,
         data: EncodedTexts,
-        collator: Collator,
+        collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]],
         directory: Path,
         *,
         device: str,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ class StratifiedTrainer(Trainer):
         training = model.training
         if training and not self.settings.prefix_dropout:
             set_training_modes(self.stratified)
-        served = nullcontext()
+        served: AbstractContextManager[None] = nullcontext()
         if training and self.cache is not None and index is not None:
             served = self.cache.attached(index, inputs.get("attention_mask"))
         with served:

@@ -720,10 +720,10 @@ def test_regression_predicts_values(bert: Path, tmp_path: Path) -> None:
 
 
 def test_an_undefined_score_is_never_the_best(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spafit import metrics
+    from spafit.kinds import classification
 
     values = iter([float("nan"), 0.2, 0.1, *[0.5] * 9])
-    monkeypatch.setattr(metrics, "headline", lambda *a: next(values))
+    monkeypatch.setattr(classification, "headline", lambda *a: next(values))
     train(bert, tmp_path, data=task(24, regression=True), select_share=0.25, epochs=3)
     assert io.read_json(tmp_path / "seed-0" / "run.json")["best_step"] == 10  # of 5, 10, 15: the second
 
@@ -906,10 +906,10 @@ def test_memory_of_a_seed_is_released_before_the_next(
     alive: list[int] = []
     original = seed_run._run
 
-    def watch(job: Any, stratified: Any, *args: Any) -> Any:
+    def watch(job: Any, kind: Any, stratified: Any, *args: Any) -> Any:
         alive.append(sum(r() is not None for r in models))
         models.append(weakref.ref(stratified.model))
-        return original(job, stratified, *args)
+        return original(job, kind, stratified, *args)
 
     monkeypatch.setattr(seed_run, "_run", watch)
     train(bert, tmp_path, seeds=(0, 1, 2))

@@ -194,13 +194,14 @@ class Images:
         others: pads the texts; None where there are none.
     """
 
-    processor: ImageProcessor
+    processor: ImageProcessor | None
     others: Collate | None = None
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """``pixel_values``, ``index``, and ``labels`` or what ``others`` gives."""
         import torch
 
+        assert self.processor is not None
         pixels = self.processor([item["image"] for item in items])
         rest = [{k: v for k, v in item.items() if k != "image"} for item in items]
         if self.others is not None:

@@ -206,10 +206,11 @@ class Answers(_Language):
         if headed.head != "causal-lm":
             most = min(most, decoder_room(headed.model) or most)
         written = generate(
-            model, headed.tokenizer, **self._read(headed, kept), quiet=True, max_new_tokens=most, batch_size=4 * settings.batch_size,
+            model, headed.tokenizer, **self._read(headed, kept), quiet=True, max_new_tokens=most,
+            batch_size=4 * settings.batch_size,
         )  # fmt: skip
         texts = pd.DataFrame({"answer": kept["answer"].to_numpy(), "written": written["text"].to_numpy()})
-        return answer_scores(texts["written"], texts["answer"]), texts
+        return answer_scores(list(texts["written"]), list(texts["answer"])), texts
 
     def _read(self, headed: HeadedModel, frame: pd.DataFrame) -> dict[str, Any]:
         """What :func:`spafit.generating.generate` reads of a frame."""
