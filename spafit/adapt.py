@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import html
+import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -64,7 +65,7 @@ class StratifiedModel:
     def total_parameters(self) -> int:
         """Number of parameters of the model before wrapping."""
         names = {n: p for n, p in canonical_parameters(self.model).items() if n in self._base_names}
-        return sum(p.numel() for p in names.values())
+        return sum(map(_entries, names.values()))
 
     @property
     def _base_names(self) -> set[str]:
@@ -171,7 +172,7 @@ class StratifiedModel:
         """One row per part: part, method, modules, parameters, trainable, share (of the model's parameters)."""
         import pandas as pd
 
-        sizes = {n: p.numel() for n, p in canonical_parameters(self.model).items()}
+        sizes = {n: _entries(p) for n, p in canonical_parameters(self.model).items()}
         total = self.total_parameters()
         rows = []
         for part in self.plan.parts:
@@ -550,6 +551,12 @@ def _refuse_tied(plan: ResolvedPlan) -> None:
             "outside.embeddings: the embeddings are tied to the head, and an adapter would untie them. Write freeze, "
             "or use the preset full."
         )
+
+
+def _entries(parameter: nn.Parameter) -> int:
+    """Number of entries; of a quantised weight that of the matrix it stands for, not of its packed bytes."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def is_quantised(model: nn.Module) -> bool:

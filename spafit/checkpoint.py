@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spafit import io
-from spafit.adapt import ADAPTER, StratifiedModel, apply_strata, canonical_name, canonical_parameters
+from spafit.adapt import (
+    ADAPTER,
+    StratifiedModel,
+    apply_strata,
+    canonical_name,
+    canonical_parameters,
+    is_quantised,
+)
 from spafit.errors import ModelError
 from spafit.hub import quiet
 from spafit.strata import StrataConfig
@@ -252,10 +259,17 @@ def base_digest(stratified: StratifiedModel) -> str:
     if not stratified.is_adapter:
         return digest.hexdigest()
     zeros = set(stratified.fixed_at_zero)
+    if is_quantised(stratified.model):
+        stratified.model.state_dict()  # has bitsandbytes undo how it reorders weights for some CPUs while it runs
     for name, parameter in sorted(canonical_parameters(stratified.model).items()):
         if name in zeros or (name in stratified.trainable and name not in stratified.base_values):
             continue
         tensor = stratified.base_values.get(name, parameter)
+        if tensor.is_meta:
+            raise ModelError(
+                f"{name} is not in memory, so the base that was trained on cannot be told. Load the model without "
+                "modules on disk to save an adapter of it."
+            )
         digest.update(f"\x1f{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1f".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()

@@ -50,14 +50,17 @@ class Family:
         inputs: names of the forward pass's inputs, of ``ids``, ``caption`` (ends in EOS, where CLIP pools),
             ``decoder_ids``, ``pixels``, ``sound``, ``image_ids``.
         output: the output that a loss is made of.
-        backbone: class of transformers that reads text for probing, or None where the model reads no text alone.
     """
 
     name: str
     build: Callable[[], nn.Module]
     inputs: tuple[str, ...]
     output: str = "logits"
-    backbone: str | None = "AutoModel"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether text is among what it reads."""
+        return bool({"ids", "caption", "image_ids"} & set(self.inputs))
 
     def batch(self) -> dict[str, torch.Tensor]:
         """Keyword arguments for one forward pass of two items."""
@@ -165,11 +168,11 @@ FAMILIES = {
         Family("T5", _known("t5", "Seq2SeqLM"), _SEQ2SEQ),
         Family("BART", _known("bart", "Seq2SeqLM"), _SEQ2SEQ),
         Family("EncoderDecoder (BERT and BERT)", _encoder_decoder, _SEQ2SEQ),
-        Family("ViT", _known("vit", "ImageClassification"), ("pixels",), backbone=None),
-        Family("DINOv2", _known("dinov2", "ImageClassification"), ("pixels",), backbone=None),
-        Family("CLIP", _clip, ("caption", "pixels"), output="logits_per_image", backbone=None),
-        Family("Whisper", _whisper, ("sound", "decoder_ids"), backbone=None),
-        Family("LLaVA", _llava, ("image_ids", "pixels"), backbone=None),
+        Family("ViT", _known("vit", "ImageClassification"), ("pixels",)),
+        Family("DINOv2", _known("dinov2", "ImageClassification"), ("pixels",)),
+        Family("CLIP", _clip, ("caption", "pixels"), output="logits_per_image"),
+        Family("Whisper", _whisper, ("sound", "decoder_ids")),
+        Family("LLaVA", _llava, ("image_ids", "pixels")),
     )
 }
 
