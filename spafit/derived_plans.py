@@ -49,7 +49,11 @@ def random_plan(plan: StrataConfig, *, seed: int) -> StrataConfig:
 
 
 def count_only_plan(
-    plan: StrataConfig, *, count: Count, bias_roles: Mapping[str, Collection[str]] | None = None
+    plan: StrataConfig,
+    *,
+    count: Count,
+    bias_roles: Mapping[str, Collection[str]] | None = None,
+    roles: Mapping[str, Collection[str]] | None = None,
 ) -> StrataConfig:
     """As many trained blocks per stack as in ``plan``, the last ones, all as SPAFIT's third stratum; no middle stratum.
 
@@ -63,6 +67,7 @@ def count_only_plan(
         plan: the plan.
         count: number of parameters that a plan trains on the model.
         bias_roles: per stack, the roles whose sub-layers have a bias; None means all of them have.
+        roles: per stack, the roles that its blocks have; None means all.
 
     Raises:
         ConfigError: the plan trains no block.
@@ -84,6 +89,7 @@ def count_only_plan(
         blocks=plan.blocks,
         bias_roles=bias_roles,
         model_id=plan.model_id,
+        roles=roles,
         bias_free="bias-added" if any(s.adds_biases for s in plan.strata) else "norm",
     )
     options = {stack: _low_rank_options(plan, stack) for stack in plan.blocks}

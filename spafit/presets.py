@@ -109,6 +109,7 @@ def three_strata_config(
     model_id: str = "unnamed",
     provenance: Mapping[str, Any] | None = None,
     bias_free: Literal["norm", "bias-added"] = "norm",
+    roles: Mapping[str, Collection[str]] | None = None,
 ) -> StrataConfig:
     """SPAFIT's three strata (Arora & Wang 2024, arXiv 2405.00201) at the boundaries (s1, s2) of each stack.
 
@@ -127,6 +128,8 @@ def three_strata_config(
         provenance: source, criterion and so on.
         bias_free: what stands in BitFit's place: ``norm`` trains the blocks' norms, ``bias-added`` gives the linear
             maps that would train a bias a new one.
+        roles: per stack, the roles that its blocks have; None means all. Where the feed-forward sub-layer has no linear
+            map (experts that share one matrix), ``norm`` stays in the third stratum.
 
     Raises:
         ConfigError: boundaries out of order or range, an unknown type, or a stack without boundaries.
@@ -156,8 +159,10 @@ def three_strata_config(
             strata.append(Stratum(stack, (s1, s2), "bitfit" if present else bias_free))
             substitutions += _said_of_bitfit(stack, (s1, s2), present, bias_free)
         if count > s2:
-            method = "lora+bitfit" if upper else f"lora+{bias_free}"
-            added = tuple(r for r in THIRD_STRATUM_BIASES if r in LINEAR_ROLES) if "added" in method else None
+            there = LINEAR_ROLES if roles is None else roles.get(stack, ())
+            maps = tuple(r for r in THIRD_STRATUM_BIASES if r in LINEAR_ROLES and r in there)
+            method = "lora+bitfit" if upper else f"lora+{bias_free if maps else 'norm'}"
+            added = maps if method == "lora+bias-added" else None
             strata.append(Stratum(stack, (s2, count), method, options, bitfit=upper or None, bias_added=added))
             if not upper:
                 to = f" to {', '.join(added)}" if added else ""
@@ -303,6 +308,7 @@ def _spafit(
         model_id=model.model_id,
         provenance=_provenance(name),
         bias_free=model.bias_free,
+        roles=model.roles,
     )
 
 
@@ -415,7 +421,7 @@ def _derived(prefix: str, inner: str, model: _Model, *, whole: str) -> StrataCon
     elif prefix == "lora-matched":
         derived = lora_matched_plan(plan, count=model.count)
     else:
-        derived = count_only_plan(plan, count=model.count, bias_roles=model.bias_roles)
+        derived = count_only_plan(plan, count=model.count, bias_roles=model.bias_roles, roles=model.roles)
     return derived.with_provenance({"source": f"preset {canonical}"})
 
 

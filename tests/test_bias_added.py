@@ -240,6 +240,12 @@ def test_presets_with_added_biases_nest_and_are_refused_where_there_is_nothing_t
         plan_for(model, "bias-added:")
 
 
+def test_where_experts_share_a_matrix_the_third_stratum_keeps_norms():
+    plan = plan_for(tiny("mixtral", auto="AutoModelForCausalLM", num_hidden_layers=6), "bias-added:spafit-scaled-I")
+    assert [s.method for s in plan.strata] == ["freeze", "bias-added", "lora+norm"]
+    apply_strata(tiny("mixtral", auto="AutoModelForCausalLM", num_hidden_layers=6), plan).check()
+
+
 def test_what_bitfit_does_on_a_model_with_some_biases_stands_in_provenance():
     plan = plan_for(tiny("qwen2", auto="AutoModelForCausalLM", num_hidden_layers=6), "spafit-scaled-I")
     assert plan.provenance["substitutions"] == [

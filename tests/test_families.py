@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from dataclasses import dataclass
 
+import pandas as pd
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from spafit.resolve import resolve
 from spafit.stacks import find_stacks
 from spafit.strata import Outside, StrataConfig, Stratum
 from tests.families import DEPTH, FAMILIES, OTHER_WIDTH, Family, one_step, outputs
+from tests.paths import ROOT
 from tests.tiny import INNER, VOCABULARY, WIDTH
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
@@ -351,6 +354,22 @@ def test_clips_temperature_stays_frozen_and_the_plan_says_so():
     plan = apply_strata(model, plan_for(model, "spafit-scaled-I"))
     assert "logit_scale" not in plan.trainable
     assert "head: logit_scale cannot be kept in an adapter and stays frozen" in plan.plan.notes
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="runs in a checkout, not beside a wheel")
+def test_the_committed_page_is_made_of_its_rows_and_a_row_can_be_made_again():
+    place = ROOT / "docs" / "results" / "families"
+    spec = importlib.util.spec_from_file_location("families_run", place / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    rows = pd.read_csv(place / "rows.csv", keep_default_na=False)
+    assert script.page(rows) == (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    assert set(rows["family"]) == set(FAMILIES)
+    for name in ("Qwen2", "LLaVA"):
+        (row,) = rows[rows["family"] == name].to_dict("records")
+        assert script.measure(FAMILIES[name]) == row
 
 
 def test_a_projector_is_refused_a_method_that_is_none():

@@ -52,6 +52,7 @@ def measure(family: Family) -> dict[str, str]:
         "family": family.name,
         "model": type(base).__name__,
         "stacks": ", ".join(f"{s.name} of {s.num_blocks}{' (one shared module)' if s.shared else ''}" for s in stacks),
+        "train": WORKS,
         "biases": "; ".join(dict.fromkeys(_biases(s) for s in stacks)),
         "probe": _probe(family, base) if family.reads_text else "reads no text",
     }
@@ -71,8 +72,12 @@ def measure(family: Family) -> dict[str, str]:
     one_step(family, stratified.model)
     moved = {n for n, p in canonical_parameters(stratified.model).items() if not torch.equal(p, before[n])}
     planned = set(stratified.trainable)
-    wrong = sorted(received ^ planned) or sorted(moved - planned)
-    row["train"] = f"no: {wrong[0]} and {len(wrong) - 1} more" if wrong else WORKS
+    for names, said in (
+        (planned - received, "planned without a gradient, since nothing reads it"),
+        ((received | moved) - planned, "trained without a plan"),
+    ):
+        if names:
+            row["train"] = f"no: {', '.join(sorted(names))}: {said}"
     trained = outputs(family, stratified.model)
     assert not torch.equal(trained, start)
 
@@ -143,7 +148,7 @@ def _probe(family: Family, model: Any) -> str:
                 together = extract(loaded, texts, stack=stack.name, cache_dir=Path(folder))
                 alone = extract(loaded, texts[:1], stack=stack.name, cache_dir=Path(folder) / "one")
             except (SpafitError, TypeError, ValueError) as error:
-                found.append(f"{stack.name}: refused: {str(error).splitlines()[0]}")
+                found.append(f"{stack.name}: refused: {str(error).splitlines()[0].replace('; ', ', ')}")
                 continue
             states = [s.sentences("mean", hidden=stack.num_blocks)[0] for s in (together, alone)]
             right = (
