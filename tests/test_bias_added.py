@@ -10,12 +10,13 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from spafit.adapt import apply_strata, canonical_parameters, plan_for
 from spafit.checkpoint import WEIGHTS_FILE, load, save
 from spafit.errors import ConfigError, ModelError
 from spafit.strata import LoraOptions, Outside, StrataConfig, Stratum
-from tests.tiny import BLOCKS, INNER, WIDTH, tiny, tiny_inputs
+from tests.tiny import BLOCKS, INNER, WIDTH, tiny, tiny_inputs, tiny_tokenizer
 
 #: Outputs of Llama's linear maps: 2 heads of 8, one of them for keys and values.
 OUTPUTS = {"q_proj": WIDTH, "k_proj": WIDTH // 2, "v_proj": WIDTH // 2, "o_proj": WIDTH,
@@ -285,3 +286,65 @@ def test_remedies_that_hold_weights_take_added_biases():
         path(2, "q_proj"),
         path(2, "k_proj"),
     ]
+
+
+def test_fit_trains_added_biases_and_what_it_writes_gives_the_scores_that_it_reports(tmp_path):
+    import spafit
+    from tests.training_fixtures import QUICK, task
+
+    tiny("llama", auto="AutoModelForSequenceClassification", num_hidden_layers=6).save_pretrained(tmp_path / "base")
+    tiny_tokenizer(decoder=True).save_pretrained(tmp_path / "base")
+    result = spafit.fit(
+        str(tmp_path / "base"), "bias-added:spafit-scaled-I", data=task(), settings=QUICK, out=tmp_path / "run",
+        device="cpu", quiet=True,
+    )  # fmt: skip
+    stratified = load(result.model_folder())
+    assert [s.method for s in stratified.config.strata] == ["freeze", "bias-added", "lora+bias-added"]
+    values = canonical_parameters(stratified.model)
+    moved = [n for n in stratified.trainable if n.endswith("lora_B.bias") and values[n].any()]
+    assert len(moved) >= 0.8 * sum(n.endswith("lora_B.bias") for n in stratified.trainable)
+    data = task().frames["validation"]
+    stratified.model.eval()
+    tokens = AutoTokenizer.from_pretrained(result.model_folder())
+    with torch.no_grad():
+        right = [
+            int(stratified.model(**tokens(text, return_tensors="pt")).logits.argmax()) == label
+            for text, label in zip(data["text"], data["label"], strict=True)
+        ]
+    (reported,) = result.runs.loc[result.runs["metric"] == "accuracy", "value"]
+    assert reported == pytest.approx(sum(right) / len(right))
+
+
+def test_a_search_tries_added_biases():
+    from spafit.tuning.space import SearchSpace
+
+    space = SearchSpace(
+        {"decoder": 6}, {"decoder": ()}, groups=(3,), methods=("freeze", "lora+bias-added", "bias-added"), ranks=(4,)
+    )
+    values = {"decoder.groups": 3, "decoder.s1": 2, "decoder.fraction2": 0.5, "alpha": 1.0, "type": "I",
+              "decoder.method1": "lora+bias-added", "decoder.method2": "freeze", "decoder.method3": "bias-added",
+              "decoder.rank1": 4, "rate.bias": 1e-3, "rate.low-rank": 1e-4}  # fmt: skip
+    plan, _ = space.decode(values)
+    assert [(s.blocks, s.method, s.learning_rate) for s in plan.strata] == [
+        ((0, 2), "freeze", None), ((2, 4), "bias-added", 1e-3), ((4, 6), "lora+bias-added", 1e-4),
+    ]  # fmt: skip
+
+
+def test_a_decay_that_a_stratum_of_added_biases_states_reaches_them(tmp_path):
+    from tests.test_training import make_trainer
+
+    tiny("llama", auto="AutoModelForSequenceClassification").save_pretrained(tmp_path / "base")
+    tiny_tokenizer(decoder=True).save_pretrained(tmp_path / "base")
+    plan = config(
+        Stratum("decoder", (0, 1), "bias-added", weight_decay=0.2, learning_rate=1e-4),
+        Stratum("decoder", (1, 2), "lora+bias-added", LoraOptions(2), weight_decay=0.3),
+        Stratum("decoder", (2, 3), "freeze"),
+    )
+    trainer = make_trainer(tmp_path / "base", tmp_path / "run", plan, learning_rate=1.0)
+    groups = trainer.create_optimizer().param_groups
+    names = {id(p): n for n, p in canonical_parameters(trainer.model).items()}
+    got = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert set(got) == set(trainer.stratified.trainable)
+    assert got[f"{path(0, 'q_proj')}.lora_B.bias"] == (1e-4, 0.2)
+    assert got[f"{path(1, 'q_proj')}.lora_B.bias"] == (1.0, 0.0)
+    assert got[f"{path(1, 'q_proj')}.lora_A.weight"] == (1.0, 0.3)
