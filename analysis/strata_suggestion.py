@@ -185,8 +185,9 @@ def _pair(estimate: BoundaryEstimate) -> str:
 
 
 def _in_words(config: StrataConfig, stack: str) -> str:
-    named = {"freeze": "frozen", "bitfit": "bias-only", "norm": "norms only", "lora+bitfit": "low-rank",
-             "lora+norm": "low-rank", "lora": "low-rank"}  # fmt: skip
+    named = {"freeze": "frozen", "bitfit": "bias-only", "bias-added": "added biases only", "norm": "norms only",
+             "lora+bitfit": "low-rank", "lora+bias-added": "low-rank", "lora+norm": "low-rank",
+             "lora": "low-rank"}  # fmt: skip
     own = sorted((s for s in config.strata if s.stack == stack), key=lambda s: s.blocks)
     ranks = {s.lora.rank for s in own if s.lora is not None}
     parts = []

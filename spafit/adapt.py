@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import html
+import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spafit.errors import ConfigError, ModelError
-from spafit.layout import is_inside
+from spafit.layout import is_inside, linear_size
 from spafit.resolve import Part, ResolvedPlan, resolve
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class StratifiedModel:
     def total_parameters(self) -> int:
         """Number of parameters of the model before wrapping."""
         names = {n: p for n, p in canonical_parameters(self.model).items() if n in self._base_names}
-        return sum(p.numel() for p in names.values())
+        return sum(map(_entries, names.values()))
 
     @property
     def _base_names(self) -> set[str]:
@@ -124,12 +125,32 @@ class StratifiedModel:
                     parameters[name].copy_(value)
         self.restore_mask()
 
+    @property
+    def fixed_at_zero(self) -> tuple[str, ...]:
+        """Names of the adapter's tensors that stay 0: the factors where only an added bias trains, biases elsewhere."""
+        added = any(part.added for part in self.plan.parts)
+        factors = [f"{t}.lora_{k}.weight" for part in self.plan.parts for t in part.bias_only for k in "AB"]
+        biases = [f"{t}.lora_B.bias" for part in self.plan.parts for t in part.targets if added and t not in part.added]
+        return (*factors, *biases)
+
     def merge(self) -> Any:
         """A plain model with the trained values in it, equal to 1e-5; this one stays as it is.
 
         Raises:
-            ModelError: the method cannot be merged into the weights.
+            ModelError: the method cannot be merged into the weights, or the base is quantised.
         """
+        added = next((part for part in self.plan.parts if part.added), None)
+        if added is not None:
+            raise ModelError(
+                f"{added.name} trains added biases, and a plain {type(self.model.get_base_model()).__name__} has no "
+                "bias there to merge them into. Use the adapter on its base, as save() writes it; a plan with norm in "
+                "place of bias-added can be merged."
+            )
+        if is_quantised(self.model):
+            raise ModelError(
+                "The base is quantised, and rounding its merged weights again would change what was trained. Load the "
+                "saved adapter on the base in full precision, and merge there."
+            )
         if not self.is_adapter:
             return copy.deepcopy(self.model)
         try:
@@ -151,7 +172,7 @@ class StratifiedModel:
         """One row per part: part, method, modules, parameters, trainable, share (of the model's parameters)."""
         import pandas as pd
 
-        sizes = {n: p.numel() for n, p in canonical_parameters(self.model).items()}
+        sizes = {n: _entries(p) for n, p in canonical_parameters(self.model).items()}
         total = self.total_parameters()
         rows = []
         for part in self.plan.parts:
@@ -207,6 +228,8 @@ def apply_strata(model: nn.Module | LoadedModel, config: StrataConfig) -> Strati
         ConfigError: the plan does not fit the model.
         ModelError: the model is wrapped already.
     """
+    import torch
+
     from spafit.models import LoadedModel
 
     if isinstance(model, LoadedModel):
@@ -226,6 +249,7 @@ def apply_strata(model: nn.Module | LoadedModel, config: StrataConfig) -> Strati
         whole.check()
         return whole
     _refuse_tied(plan)
+    _refuse_quantised(model, plan)
     peft_config = _peft_config(model, plan)
     wrapped = _wrap(model, peft_config)
     trainable, part_of = _expected(wrapped, plan, peft_config)
@@ -233,6 +257,9 @@ def apply_strata(model: nn.Module | LoadedModel, config: StrataConfig) -> Strati
     in_place = [b for part in plan.parts for b in part.biases]
     base_values = {n: parameters[n].detach().clone() for n in in_place}
     stratified = StratifiedModel(wrapped, plan, trainable, part_of, base_values)
+    with torch.no_grad():
+        for name in stratified.fixed_at_zero:  # with both factors 0, no optimizer moves either: their gradients are 0
+            parameters[name].zero_()
     stratified.restore_mask()
     return stratified
 
@@ -372,14 +399,16 @@ def _peft_config(model: nn.Module, plan: ResolvedPlan) -> Any:
     targets: Any = [t for part in targeted for t in part.targets]
     biases = any(part.biases for part in plan.parts)
     first = targeted[0].stratum if targeted else None
-    if first is None or first.lora is not None:
+    if first is None or first.adapter in ("lora", "dora"):
         ranks, alphas = {}, {}
+        options = None
         for part in targeted:
             assert part.stratum is not None
-            assert part.stratum.lora is not None
+            options = part.stratum.lora or options
             for target in part.targets:
-                ranks[target], alphas[target] = part.stratum.lora.rank, part.stratum.lora.alpha
-        options = first.lora if first is not None else None
+                low_rank = None if target in part.bias_only else part.stratum.lora
+                # An added bias is that of LoRA's second factor, scaled by alpha / rank: 1.
+                ranks[target], alphas[target] = (low_rank.rank, low_rank.alpha) if low_rank is not None else (1, 1)
         common_rank = max(set(ranks.values()), key=list(ranks.values()).count) if ranks else 8
         common_alpha = max(set(alphas.values()), key=list(alphas.values()).count) if alphas else 8
         return peft.LoraConfig(
@@ -394,6 +423,7 @@ def _peft_config(model: nn.Module, plan: ResolvedPlan) -> Any:
             fan_in_fan_out=_transposed(model, targets),
             target_modules=targets or DUMMY_TARGET_MODULES,
             bias="all" if biases else "none",
+            lora_bias=any(part.added for part in targeted),
             **common,
         )
     if first.ia3 is not None:
@@ -466,8 +496,8 @@ def _wrap(model: nn.Module, peft_config: Any) -> Any:
 def _expected(wrapped: Any, plan: ResolvedPlan, peft_config: Any) -> tuple[dict[str, int], dict[str, str]]:
     """Names and sizes that must train, from the plan and the sizes of the base's modules, and whose part they are.
 
-    LoRA's tensors are counted from rank and shape, independently of what PEFT made; other methods' tensors are those
-    that PEFT put on the targets, and on nothing else.
+    LoRA's tensors and added biases are counted from rank and shape, independently of what PEFT made; other
+    methods' tensors are those that PEFT put on the targets, and on nothing else.
     """
     sizes = {n: p for n, p in canonical_parameters(wrapped).items()}
     expected: dict[str, int] = {}
@@ -479,9 +509,13 @@ def _expected(wrapped: Any, plan: ResolvedPlan, peft_config: Any) -> tuple[dict[
         found = {n: sizes[n].numel() for n in names}
         for target in part.targets:
             own = {n: p for n, p in sizes.items() if n.startswith(f"{target}.{prefix}")}
-            if part.stratum is not None and part.stratum.lora is not None:
-                rank, (outputs, inputs) = part.stratum.lora.rank, _shape(wrapped, target)
-                found |= {f"{target}.lora_A.weight": rank * inputs, f"{target}.lora_B.weight": rank * outputs}
+            if part.stratum is not None and part.stratum.adapter in ("lora", "dora"):
+                inputs, outputs = _shape(wrapped, target)
+                if part.stratum.lora is not None and target not in part.bias_only:
+                    rank = part.stratum.lora.rank
+                    found |= {f"{target}.lora_A.weight": rank * inputs, f"{target}.lora_B.weight": rank * outputs}
+                if target in part.added:
+                    found[f"{target}.lora_B.bias"] = outputs
                 if part.stratum.method == "dora":
                     found[f"{target}.lora_magnitude_vector.weight"] = outputs
             else:
@@ -494,17 +528,18 @@ def _expected(wrapped: Any, plan: ResolvedPlan, peft_config: Any) -> tuple[dict[
 
 
 def _shape(wrapped: Any, target: str) -> tuple[int, int]:
-    """(outputs, inputs) of a target's own weight."""
-    layer = wrapped.get_base_model().get_submodule(target).get_base_layer()
-    first, second = layer.weight.shape
-    return (second, first) if type(layer).__name__ == "Conv1D" else (first, second)
+    """(inputs, outputs) of a target's own weight, which may be quantised."""
+    size = linear_size(wrapped.get_base_model().get_submodule(target).get_base_layer())
+    assert size is not None
+    return size
 
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """PEFT warns of what this module takes care of: biases under disable_adapter, and an attribute of transformers."""
+    """PEFT warns of what this module takes care of: biases under disable_adapter, added ones, a name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="`lora_bias=True` was passed but the targeted layer")
         warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
         yield
 
@@ -516,3 +551,24 @@ def _refuse_tied(plan: ResolvedPlan) -> None:
             "outside.embeddings: the embeddings are tied to the head, and an adapter would untie them. Write freeze, "
             "or use the preset full."
         )
+
+
+def _entries(parameter: nn.Parameter) -> int:
+    """Number of entries; of a quantised weight that of the matrix it stands for, not of its packed bytes."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether a model has linear maps of 4 or 8 bits, as bitsandbytes makes them."""
+    return any(type(m).__name__ in ("Linear4bit", "Linear8bitLt") for m in model.modules())
+
+
+def _refuse_quantised(model: nn.Module, plan: ResolvedPlan) -> None:
+    for part in plan.parts:
+        for path in part.saved:
+            if is_quantised(model.get_submodule(path)):
+                raise ConfigError(
+                    f"{part.name}: {path} is quantised, and rounded weights cannot be trained in full. Write lora, "
+                    "bitfit or norm there, or load the base without quantisation."
+                )

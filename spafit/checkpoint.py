@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spafit import io
-from spafit.adapt import ADAPTER, StratifiedModel, apply_strata, canonical_name, canonical_parameters
+from spafit.adapt import (
+    ADAPTER,
+    StratifiedModel,
+    apply_strata,
+    canonical_name,
+    canonical_parameters,
+    is_quantised,
+)
 from spafit.errors import ModelError
 from spafit.hub import quiet
 from spafit.strata import StrataConfig
@@ -86,11 +93,15 @@ def save(
 
 
 def adapter_state(stratified: StratifiedModel) -> dict[str, torch.Tensor]:
-    """The tensors of the adapter file under PEFT's names: what trains, and nothing else; gathered where sharded."""
+    """The tensors of the adapter file under PEFT's names, gathered where sharded.
+
+    They are what trains and, beside added biases, the zeros that PEFT looks for; see ``fixed_at_zero``.
+    """
     from peft import get_peft_model_state_dict
 
     model = stratified.model
-    trained = {n: p.detach() for n, p in model.named_parameters() if canonical_name(n) in stratified.trainable}
+    wanted = {*stratified.trainable, *stratified.fixed_at_zero}
+    trained = {n for n, _ in model.named_parameters() if canonical_name(n) in wanted}
     state = {n: t for n, t in model.state_dict().items() if n in trained or ".modules_to_save." in n}
     kept = get_peft_model_state_dict(model, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False)
     # With bias="all" PEFT lists the biases of modules that are saved whole a second time, under an inner name.
@@ -205,7 +216,10 @@ def load_state(stratified: StratifiedModel, state: Mapping[str, torch.Tensor]) -
     import torch
 
     named = {canonical_name(n): t for n, t in state.items()}
-    missing, extra = sorted(set(stratified.trainable) - set(named)), sorted(set(named) - set(stratified.trainable))
+    zeros = set(stratified.fixed_at_zero)
+    wanted = zeros | set(stratified.trainable)
+    missing = sorted(wanted - set(named))
+    extra = sorted(n for n in named if n not in wanted or (n in zeros and named[n].any()))
     parameters = canonical_parameters(stratified.model)
     wrong = [n for n, t in named.items() if n in parameters and parameters[n].shape != t.shape]
     if missing or extra or wrong:
@@ -244,10 +258,18 @@ def base_digest(stratified: StratifiedModel) -> str:
     digest = hashlib.sha256()
     if not stratified.is_adapter:
         return digest.hexdigest()
+    zeros = set(stratified.fixed_at_zero)
+    if is_quantised(stratified.model):
+        stratified.model.state_dict()  # has bitsandbytes undo how it reorders weights for some CPUs while it runs
     for name, parameter in sorted(canonical_parameters(stratified.model).items()):
-        if name in stratified.trainable and name not in stratified.base_values:
+        if name in zeros or (name in stratified.trainable and name not in stratified.base_values):
             continue
         tensor = stratified.base_values.get(name, parameter)
+        if tensor.is_meta:
+            raise ModelError(
+                f"{name} is not in memory, so the base that was trained on cannot be told. Load the model without "
+                "modules on disk to save an adapter of it."
+            )
         digest.update(f"\x1f{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1f".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()

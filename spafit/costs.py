@@ -60,7 +60,7 @@ def _products(block: Any, path: str, part: Any) -> tuple[float, float]:
             continue
         matrix += inputs * outputs
         full = f"{path}.{name}".replace(".base_layer", "")
-        if lora is not None and full in part.targets:
+        if lora is not None and full in part.targets and full not in part.bias_only:
             low_rank += lora.rank * (inputs + outputs)
     return matrix, low_rank
 

@@ -49,19 +49,25 @@ def random_plan(plan: StrataConfig, *, seed: int) -> StrataConfig:
 
 
 def count_only_plan(
-    plan: StrataConfig, *, count: Count, bias_roles: Mapping[str, Collection[str]] | None = None
+    plan: StrataConfig,
+    *,
+    count: Count,
+    bias_roles: Mapping[str, Collection[str]] | None = None,
+    roles: Mapping[str, Collection[str]] | None = None,
 ) -> StrataConfig:
     """As many trained blocks per stack as in ``plan``, the last ones, all as SPAFIT's third stratum; no middle stratum.
 
-    They train low-rank updates and the feed-forward sub-layer's biases (norms where there is no such bias). Targets,
-    dropout and the scale alpha / rank are those of the plan's first low-rank stratum of the stack (else of any stack,
-    else the defaults). The rank is one for all, the nearest in trainable parameters; what trains outside the blocks
-    stays. Provenance holds ``parameters: {wanted, got, difference}``.
+    They train low-rank updates and the feed-forward sub-layer's biases (where there is no such bias, norms, or new
+    biases where the plan adds some). Targets, dropout and the scale alpha / rank are those of the plan's first
+    low-rank stratum of the stack (else of any stack, else the defaults). The rank is one for all, the nearest in
+    trainable parameters; what trains outside the blocks stays. Provenance holds
+    ``parameters: {wanted, got, difference}``.
 
     Args:
         plan: the plan.
         count: number of parameters that a plan trains on the model.
         bias_roles: per stack, the roles whose sub-layers have a bias; None means all of them have.
+        roles: per stack, the roles that its blocks have; None means all.
 
     Raises:
         ConfigError: the plan trains no block.
@@ -78,7 +84,14 @@ def count_only_plan(
             "Leave this comparison out."
         )
     starts = {stack: (n - trained[stack], n - trained[stack]) for stack, n in plan.blocks.items()}
-    base = three_strata_config(starts, blocks=plan.blocks, bias_roles=bias_roles, model_id=plan.model_id)
+    base = three_strata_config(
+        starts,
+        blocks=plan.blocks,
+        bias_roles=bias_roles,
+        model_id=plan.model_id,
+        roles=roles,
+        bias_free="bias-added" if any(s.adds_biases for s in plan.strata) else "norm",
+    )
     options = {stack: _low_rank_options(plan, stack) for stack in plan.blocks}
 
     def at_rank(rank: int) -> StrataConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -94,6 +94,9 @@ def load_with_head(
     allow_pickle: bool = False,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     restoring: bool = False,
+    quantize: Literal["none", "4bit"] = "none",
+    device_map: Literal["auto"] | Mapping[str, str | int] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> HeadedModel:
     """Load a model for training.
 
@@ -114,10 +117,14 @@ def load_with_head(
         dtype: precision of the weights.
         restoring: what was trained before is loaded again; ``labels`` are those that it was trained on, and the
             names of the base's own head do not count.
+        quantize: ``4bit`` keeps the linear maps of the blocks in 4 bits; see :mod:`spafit.quantise`.
+        device_map: where accelerate puts which module (``cpu``, ``disk``, number of a GPU); ``auto`` fills the GPUs
+            first. None loads onto the CPU, or a quantised model onto the device that it is quantised for.
+        offload_folder: where modules on ``disk`` are kept. A model with such modules can be run, not trained.
 
     Raises:
         ModelError: there is no such model, it has an adapter, or its own head has other classes, or the same ones in
-            another order.
+            another order; bitsandbytes is missing.
         HubError: the hub did not answer, refused, or does not have it.
     """
     import transformers
@@ -142,6 +149,14 @@ def load_with_head(
             "label2id": {label: i for i, label in enumerate(labels)},
             "problem_type": "single_label_classification",
         }
+    if quantize == "4bit":
+        from spafit.quantise import four_bit_settings
+
+        settings |= four_bit_settings(getattr(transformers, _AUTO[head]), found, **settings)
+    if device_map is not None:
+        settings["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
+        if offload_folder is not None:
+            settings["offload_folder"] = str(offload_folder)
     try:
         model, info = from_files(getattr(transformers, _AUTO[head]), found, dtype=dtype, seed=seed, **settings)
     except ModelError as error:

@@ -38,7 +38,11 @@ INK, MUTED, PAPER = "#1d2129", "#737a85", "#fefefe"
 _DARK = {INK: "#e8eaee", MUTED: "#9aa2ae", PAPER: "#15181d"}
 
 #: How strongly a stratum's blocks are shaded: the more of a block trains, the darker. Other methods get the middle.
-STRATUM_SHADE = {"freeze": 0.02, "bitfit": 0.065, "norm": 0.065, "lora": 0.12, "lora+bitfit": 0.12, "lora+norm": 0.12}
+STRATUM_SHADE = {
+    "freeze": 0.02,
+    **dict.fromkeys(("bitfit", "bias-added", "norm"), 0.065),
+    **dict.fromkeys(("lora", "lora+bitfit", "lora+bias-added", "lora+norm"), 0.12),
+}
 _OTHER_SHADE = 0.065
 
 #: What a metric's axis says, and its short name in running text.

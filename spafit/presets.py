@@ -28,10 +28,13 @@ PRESETS = {
     "count-only:PRESET": "as many trained blocks as PRESET has, the last ones, all as its third stratum",
     "reversed:PRESET": "PRESET's strata in the opposite order of depth",
     "random:PRESET:SEED": "PRESET's blocks with their methods dealt out at random",
+    "bias-added:PRESET": "PRESET with new biases, rather than norms, in blocks that have none",
     "lora-matched:PRESET": "LoRA on all blocks at the rank that comes nearest to PRESET's parameter count",
 }
 #: Biases that train in SPAFIT's third stratum: those of the feed-forward sub-layer, not the attention's.
 THIRD_STRATUM_BIASES = ("intermediate", "output", "output_norm")
+#: Sub-layers of a block whose every linear map and norm has a bias.
+_USUAL_ROLES = tuple(r for r in ROLES if not r.startswith("cross"))
 TARGETS = {"I": ("query", "key", "value"), "II": ("query", "key", "value", "attention_output")}
 
 
@@ -105,12 +108,15 @@ def three_strata_config(
     bias_roles: Mapping[str, Collection[str]] | None = None,
     model_id: str = "unnamed",
     provenance: Mapping[str, Any] | None = None,
+    bias_free: Literal["norm", "bias-added"] = "norm",
+    roles: Mapping[str, Collection[str]] | None = None,
 ) -> StrataConfig:
     """SPAFIT's three strata (Arora & Wang 2024, arXiv 2405.00201) at the boundaries (s1, s2) of each stack.
 
     Blocks [0, s1) are frozen, [s1, s2) train their biases, [s2, L) train low-rank updates and the feed-forward
-    sub-layer's biases. Empty strata are left out. Where the blocks have no such bias, ``norm`` stands in BitFit's
-    place, and provenance says so under ``substitutions``.
+    sub-layer's biases. Empty strata are left out. Where the blocks have no such bias, ``bias_free`` stands in BitFit's
+    place, and provenance says so under ``substitutions``; there it also stands which biases BitFit trains where only
+    some sub-layers have one.
 
     Args:
         boundaries: (s1, s2) per stack, 0 ≤ s1 ≤ s2 ≤ L.
@@ -120,6 +126,10 @@ def three_strata_config(
         bias_roles: per stack, the roles whose sub-layers have a bias; None means all of them have.
         model_id: the model's reference, for people.
         provenance: source, criterion and so on.
+        bias_free: what stands in BitFit's place: ``norm`` trains the blocks' norms, ``bias-added`` gives the linear
+            maps that would train a bias a new one.
+        roles: per stack, the roles that its blocks have; None means all. Where the feed-forward sub-layer has no linear
+            map (experts that share one matrix), ``norm`` stays in the third stratum.
 
     Raises:
         ConfigError: boundaries out of order or range, an unknown type, or a stack without boundaries.
@@ -146,16 +156,19 @@ def three_strata_config(
         if s1 > 0:
             strata.append(Stratum(stack, (0, s1), "freeze"))
         if s2 > s1:
-            strata.append(Stratum(stack, (s1, s2), "bitfit" if present else "norm"))
-            if not present:
-                substitutions.append(f"{stack} [{s1}, {s2}): norm for bitfit, the blocks have no bias")
+            strata.append(Stratum(stack, (s1, s2), "bitfit" if present else bias_free))
+            substitutions += _said_of_bitfit(stack, (s1, s2), present, bias_free)
         if count > s2:
-            strata.append(
-                Stratum(stack, (s2, count), "lora+bitfit" if upper else "lora+norm", options, bitfit=upper or None)
-            )
+            there = LINEAR_ROLES if roles is None else roles.get(stack, ())
+            maps = tuple(r for r in THIRD_STRATUM_BIASES if r in LINEAR_ROLES and r in there)
+            method = "lora+bitfit" if upper else f"lora+{bias_free if maps else 'norm'}"
+            added = maps if method == "lora+bias-added" else None
+            strata.append(Stratum(stack, (s2, count), method, options, bitfit=upper or None, bias_added=added))
             if not upper:
+                to = f" to {', '.join(added)}" if added else ""
                 substitutions.append(
-                    f"{stack} [{s2}, {count}): lora+norm for lora+bitfit, no bias in {', '.join(THIRD_STRATUM_BIASES)}"
+                    f"{stack} [{s2}, {count}): {method} for lora+bitfit{to}, no bias in "
+                    f"{', '.join(THIRD_STRATUM_BIASES)}"
                 )
             elif len(upper) < len(THIRD_STRATUM_BIASES):
                 missing = ", ".join(r for r in THIRD_STRATUM_BIASES if r not in present)
@@ -167,6 +180,16 @@ def three_strata_config(
         outside=Outside(pooler="norm" if no_bias_at_all else "bitfit"),
         provenance={**(provenance or {}), **({"substitutions": substitutions} if substitutions else {})},
     )
+
+
+def _said_of_bitfit(stack: str, blocks: tuple[int, int], present: Collection[str], bias_free: str) -> list[str]:
+    """What provenance says of a stratum of BitFit: what stands in its place, or which biases are the only ones."""
+    where = f"{stack} [{blocks[0]}, {blocks[1]})"
+    if not present:
+        return [f"{where}: {bias_free} for bitfit, the blocks have no bias"]
+    if set(_USUAL_ROLES) <= set(present):
+        return []
+    return [f"{where}: bitfit trains the biases of {', '.join(r for r in ROLES if r in present)}, the only ones"]
 
 
 def preset_config(
@@ -199,6 +222,8 @@ def preset_config(
       :mod:`spafit.derived_plans`.
 
     Where blocks have no bias, ``norm`` stands in BitFit's place, and provenance says so under ``substitutions``.
+    ``bias-added:PRESET`` gives those blocks new biases in its place: all linear maps of a BitFit stratum, those of
+    the feed-forward sub-layer in SPAFIT's third.
 
     Args:
         name: the preset; upper and lower case are the same.
@@ -226,6 +251,7 @@ class _Model:
     model_id: str
     roles: Mapping[str, Collection[str]] | None
     count: Callable[[StrataConfig], int] | None
+    bias_free: Literal["norm", "bias-added"] = "norm"
 
     def every_block(
         self, name: str, method: str, outside: Outside, *, lora: Mapping[str, LoraOptions] | None = None
@@ -250,6 +276,8 @@ def _named(name: str, model: _Model, *, whole: str) -> StrataConfig:
     """The plan ``name``, a part of the name ``whole`` that the user wrote."""
     wanted = name.lower()
     prefix, colon, inner = wanted.partition(":")
+    if colon and prefix == "bias-added":
+        return _bias_added(inner, model, whole=whole)
     if colon and prefix in _DERIVED:
         return _derived(prefix, inner, model, whole=whole)
     if wanted in _PLAIN:
@@ -262,7 +290,7 @@ def _named(name: str, model: _Model, *, whole: str) -> StrataConfig:
             return _spafit(f"spafit-scaled-{kind}", scaled_boundaries, model, kind)
         return _spafit_n1_n2(int(match[1]), int(match[2]), model, kind)
     inside = f" in {whole!r}" if whole != name else ""
-    hint = did_you_mean(prefix, _DERIVED) if colon else did_you_mean(wanted, PRESETS)
+    hint = did_you_mean(prefix, ("bias-added", *_DERIVED)) if colon else did_you_mean(wanted, PRESETS)
     raise ConfigError(
         f"Preset {name!r}{inside} is not known. Allowed: {', '.join(PRESETS)} (N1, N2, K and SEED are whole numbers, "
         f"PRESET is a preset, as in spafit-4-9-I and reversed:last-3).{hint}"
@@ -279,7 +307,23 @@ def _spafit(
         bias_roles=model.bias_roles,
         model_id=model.model_id,
         provenance=_provenance(name),
+        bias_free=model.bias_free,
+        roles=model.roles,
     )
+
+
+def _bias_added(inner: str, model: _Model, *, whole: str) -> StrataConfig:
+    """The plan ``inner`` with new biases where it would have norms in BitFit's place."""
+    if not inner:
+        raise ConfigError(f"Preset {whole!r}: bias-added needs a preset, as in bias-added:spafit-scaled-I.")
+    plan = _named(inner, replace(model, bias_free="bias-added"), whole=whole)
+    source = str(plan.provenance["source"]).removeprefix("preset ")
+    if not any(s.adds_biases for s in plan.strata):
+        raise ConfigError(
+            f"Preset {whole!r}: {source} puts nothing in BitFit's place on this model, so there is no bias to add. "
+            f"Write {source}."
+        )
+    return plan.with_provenance({"source": f"preset bias-added:{source}"})
 
 
 def _spafit_n1_n2(n1: int, n2: int, model: _Model, kind: Literal["I", "II"]) -> StrataConfig:
@@ -312,12 +356,13 @@ def _last(k: int, model: _Model) -> StrataConfig:
 def _bitfit(model: _Model) -> StrataConfig:
     """BitFit trains every bias of the model (Ben Zaken et al. 2022, arXiv 2106.10199)."""
     present = {s: model.bias_roles is None or bool(model.bias_roles.get(s)) for s in model.blocks}
-    strata = [Stratum(s, (0, n), "bitfit" if present[s] else "norm") for s, n in model.blocks.items()]
-    substitutions = [
-        f"{s} [0, {n}): norm for bitfit, the blocks have no bias" for s, n in model.blocks.items() if not present[s]
-    ]
+    strata = [Stratum(s, (0, n), "bitfit" if present[s] else model.bias_free) for s, n in model.blocks.items()]
+    substitutions = []
+    for s, n in model.blocks.items():
+        roles = ROLES if model.bias_roles is None else model.bias_roles.get(s, ())
+        substitutions += _said_of_bitfit(s, (0, n), roles, model.bias_free)
     around = "bitfit" if any(present.values()) else "norm"
-    outside = Outside(embeddings=around, pooler=around, final_norm=around)
+    outside = Outside(embeddings=around, pooler=around, final_norm=around, projector=around)
     return model.config("bitfit", strata, outside, substitutions=substitutions)
 
 
@@ -340,9 +385,9 @@ def _lora_all_linear(model: _Model) -> StrataConfig:
 
 
 _PLAIN: dict[str, Callable[[_Model], StrataConfig]] = {
-    "full": lambda m: m.every_block("full", "full", Outside("full", "full", "full", "full")),
+    "full": lambda m: m.every_block("full", "full", Outside("full", "full", "full", "full", "full")),
     "head": lambda m: m.every_block("head", "freeze", Outside(pooler="freeze")),
-    "norm": lambda m: m.every_block("norm", "norm", Outside("norm", "norm", "full", "norm")),
+    "norm": lambda m: m.every_block("norm", "norm", Outside("norm", "norm", "full", "norm", "norm")),
     "lora": lambda m: m.every_block("lora", "lora", Outside(pooler="freeze")),
     "lora-all-linear": _lora_all_linear,
     "bitfit": _bitfit,
@@ -376,7 +421,7 @@ def _derived(prefix: str, inner: str, model: _Model, *, whole: str) -> StrataCon
     elif prefix == "lora-matched":
         derived = lora_matched_plan(plan, count=model.count)
     else:
-        derived = count_only_plan(plan, count=model.count, bias_roles=model.bias_roles)
+        derived = count_only_plan(plan, count=model.count, bias_roles=model.bias_roles, roles=model.roles)
     return derived.with_provenance({"source": f"preset {canonical}"})
 
 

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 from spafit.errors import ConfigError
 from spafit.layout import is_inside, join_path, parent_of
 from spafit.stacks import Stack, find_stacks
-from spafit.stratum import LINEAR_ROLES, NORM_ROLES, Stratum
+from spafit.stratum import LINEAR_ROLES, NORM_ROLES, PLACES, Stratum
 
 if TYPE_CHECKING:
     from torch import nn
 
     from spafit.strata import StrataConfig
-
-PLACES = ("embeddings", "pooler", "head", "final_norm")
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,15 @@ class Part:
     """One stratum, or one place outside the blocks, on a real model.
 
     Attributes:
-        name: ``encoder [0, 3)``, or the place: ``embeddings``, ``pooler``, ``head``, ``final_norm``.
+        name: ``encoder [0, 3)``, or the place: ``embeddings``, ``pooler``, ``head``, ``final_norm``,
+            ``projector``.
         method: how it trains.
         stratum: the plan's stratum; None outside the blocks.
         modules: full dotted names of the modules that the method touches, in the model's order.
         saved: those of them that train whole and are kept in the adapter (norms, blocks, heads).
         targets: those of them that get a PEFT layer.
+        added: those of the targets that get a new bias.
+        bias_only: those of ``added`` that get no low-rank update beside it.
         biases: names of the bias parameters that train in place.
         own: names of all of the part's parameters, trained or not.
         learning_rate: of this part, or None for the run's.
@@ -46,6 +47,8 @@ class Part:
     own: tuple[str, ...]
     learning_rate: float | None = None
     weight_decay: float | None = None
+    added: tuple[str, ...] = ()
+    bias_only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,13 @@ def _stratum_part(model: nn.Module, stack: Stack, stratum: Stratum, names: list[
         targets = of_roles(stratum.ia3, field="ia3")
     elif stratum.peft is not None:
         targets = of_roles(stratum.peft.targets, field="peft.targets")
+    added: list[str] = []
+    bias_only: list[str] = []
+    if stratum.adds_biases:
+        roles = stratum.bias_added or [r for r in LINEAR_ROLES if r in stack.roles]
+        added = of_roles(roles, field="bias_added")
+        bias_only = [t for t in added if t not in targets]
+        targets = [*targets, *bias_only]
     if "norm" in method:
         norms = [r for r in NORM_ROLES if r in stack.roles]
         saved = [n for n in of_roles(norms, field="norm") if any(True for _ in model.get_submodule(n).parameters())]
@@ -187,6 +197,8 @@ def _stratum_part(model: nn.Module, stack: Stack, stratum: Stratum, names: list[
         own,
         stratum.learning_rate,
         stratum.weight_decay,
+        tuple(added),
+        tuple(bias_only),
     )
 
 
@@ -265,6 +277,10 @@ def _place(model: nn.Module, stacks: tuple[Stack, ...], name: str) -> str:
         return "final_norm"
     backbone: Any = getattr(model, "base_model", model)
     prefix = str(getattr(model, "base_model_prefix", ""))
+    if _in_head_of_half(model, name):
+        return "head"
+    if _leads_between_stacks(model, stacks, name):
+        return "projector"
     if backbone is not model and prefix:
         if not is_inside(name, prefix):
             return "head"
@@ -273,6 +289,34 @@ def _place(model: nn.Module, stacks: tuple[Stack, ...], name: str) -> str:
             "pooler" if "pool" in name else "embeddings" if _is_norm(model.get_submodule(parent_of(name))) else "head"
         )
     return "pooler" if any("pool" in part for part in name.split(".")[:-1]) else "embeddings"
+
+
+def _in_head_of_half(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is in the head of a whole model inside this one: an EncoderDecoderModel's decoder."""
+    half, _, inner = name.partition(".")
+    prefix = str(getattr(getattr(model, half, None), "base_model_prefix", ""))
+    return bool(inner and prefix) and hasattr(getattr(model, half), prefix) and not is_inside(inner, prefix)
+
+
+def _leads_between_stacks(model: nn.Module, stacks: tuple[Stack, ...], name: str) -> bool:
+    """Whether a parameter stands beside the modules that hold a stack each, and is no table that they share.
+
+    On a bare backbone without cross-attention, what comes after all stacks leads out of them: CLIP's projections.
+    """
+    from torch import nn
+
+    common = stacks[0].path
+    while not all(is_inside(s.path, common) for s in stacks):
+        common = parent_of(common)
+    if len(stacks) < 2 or not is_inside(name, common):
+        return False
+    first, _, rest = name.removeprefix(f"{common}." if common else "").partition(".")
+    if rest and any(is_inside(s.path, join_path(common, first)) for s in stacks):
+        return False
+    if isinstance(model.get_submodule(parent_of(name)), nn.Embedding):
+        return False
+    crossed = any(s.cross_branch is not None for s in stacks)
+    return bool(common) or crossed or not _after_every_stack(model, stacks, name)
 
 
 def _after_every_stack(model: nn.Module, stacks: tuple[Stack, ...], name: str) -> bool:

@@ -136,6 +136,6 @@ def default_learning_rate(config: StrataConfig) -> float:
     methods = {s.method for s in config.strata} - {"freeze"}
     if "full" in methods or config.outside.embeddings == "full":
         return 2e-5
-    if methods <= {"bitfit", "norm"}:
+    if methods <= {"bitfit", "bias-added", "norm"}:
         return 1e-3
     return 5e-4

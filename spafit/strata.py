@@ -138,25 +138,17 @@ class StrataConfig:
                 raise FieldError(
                     ("strata", i, "method"),
                     f"{here} is {stratum.method!r} and {there} is {first.method!r}; a plan is one PEFT adapter, of one "
-                    "kind (lora, lora+bitfit and lora+norm are one). Give both the same kind, or write norm or full "
-                    "for one of them.",
+                    "kind (lora, lora+bitfit, lora+norm and bias-added are one). Give both the same "
+                    "kind, or write norm or full for one of them.",
                 )
-            options: list[tuple[FieldPath, Any, Any]] = []
-            if stratum.lora is not None and first.lora is not None:
-                options = [
-                    (("lora", name), getattr(stratum.lora, name), getattr(first.lora, name))
-                    for name in ("dropout", "rslora")
-                ]
-            elif stratum.peft is not None and first.peft is not None:
-                options = [(("peft", "options"), stratum.peft.options, first.peft.options)]
-            for path, own, other in options:
-                if own != other:
-                    raise FieldError(
-                        ("strata", i, *path),
-                        f"{here} has {own} and {there} has {other}; a PEFT adapter has one {path[-1]} for all its "
-                        f"modules. Write the same in both.",
-                    )
-        if first.lora is not None:
+            if stratum.peft is not None and first.peft is not None:
+                self._check_alike(i, k, ("peft", "options"), stratum.peft.options, first.peft.options)
+        low_rank = [(i, s.lora) for i, s in adapted if s.lora is not None]
+        for i, lora in low_rank[1:]:
+            for name in ("dropout", "rslora"):
+                other = low_rank[0]
+                self._check_alike(i, other[0], ("lora", name), getattr(lora, name), getattr(other[1], name))
+        if first.adapter in ("lora", "dora"):
             return
         places = ((("strata", i, "method"), s.method, f"strata[{i}] ({_place(s)})") for i, s in enumerate(self.strata))
         outside = ((("outside", p), getattr(self.outside, p), f"outside.{p}") for p in PLACES)
@@ -168,6 +160,16 @@ class StrataConfig:
                     f"carry trained biases. Write norm, full or freeze for {here}, or lora for {there}.",
                 )
 
+    def _check_alike(self, i: int, k: int, path: FieldPath, own: Any, other: Any) -> None:
+        """Refuse an option of strata i and k that differs and that a PEFT adapter has once."""
+        if own != other:
+            here, there = (f"strata[{j}] ({_place(self.strata[j])})" for j in (i, k))
+            raise FieldError(
+                ("strata", i, *path),
+                f"{here} has {own} and {there} has {other}; a PEFT adapter has one {path[-1]} for all its modules. "
+                "Write the same in both.",
+            )
+
     def check_model(
         self, blocks: Mapping[str, int], *, bias_roles: Mapping[str, Collection[str]] | None = None
     ) -> StrataConfig:
@@ -178,7 +180,8 @@ class StrataConfig:
             bias_roles: per stack, the roles whose sub-layers have a bias; None skips that check.
 
         Raises:
-            ConfigError: other stacks or depths than the model's; BitFit where there is no bias to train.
+            ConfigError: other stacks or depths than the model's; BitFit where there is no bias to train, or an added
+                bias where there is one already.
         """
         try:
             if dict(self.blocks) != dict(blocks):
@@ -188,6 +191,8 @@ class StrataConfig:
                     "this model, or a preset.",
                 )
             for i, stratum in enumerate(self.strata):
+                if bias_roles is not None and stratum.adds_biases:
+                    _check_added(i, stratum, bias_roles.get(stratum.stack, ()))
                 if bias_roles is None or "bitfit" not in stratum.method:
                     continue
                 present = set(bias_roles.get(stratum.stack, ()))
@@ -196,7 +201,7 @@ class StrataConfig:
                     raise FieldError(
                         ("strata", i, "method"),
                         f"{stratum.method!r} trains biases, and the blocks of stack {stratum.stack!r} have none. "
-                        f"Write {remedy} in its place.",
+                        f"Write {remedy} in its place, or {remedy.replace('norm', 'bias-added')} for new biases.",
                     )
                 for k, role in enumerate(stratum.bitfit or ()):
                     if role not in present:
@@ -231,7 +236,7 @@ class StrataConfig:
         for stratum in sorted((s for s in self.strata if s.stack == stack), key=lambda s: s.blocks):
             if stratum.method != "freeze":
                 s1 = min(s1, stratum.blocks[0])
-            if stratum.method not in ("freeze", "bitfit", "norm"):
+            if stratum.method not in ("freeze", "bitfit", "bias-added", "norm"):
                 s2 = min(s2, stratum.blocks[0])
         return s1, s2
 
@@ -344,7 +349,8 @@ class StrataConfig:
         widths = [max(len(r[c]) for r in rows) for c in range(4)]
         lines = [f"{self.model_id}: {_counts(self.blocks)}"]
         lines += ["  ".join([*(cell.ljust(w) for cell, w in zip(r, widths, strict=False)), r[4]]) for r in rows]
-        places = [f"{place.replace('_', ' ')} {getattr(self.outside, place)}" for place in PLACES]
+        places = [f"{place.replace('_', ' ')} {getattr(self.outside, place)}" for place in PLACES
+                  if place != "projector" or self.outside.projector != "freeze"]  # fmt: skip
         lines.append(f"outside: {', '.join([*places, *optimizer_words(self.outside)])}")
         if "tested" in self.provenance:
             lines.append(f"tested against baselines: {'yes' if self.provenance['tested'] else 'no'}")
@@ -356,6 +362,21 @@ class StrataConfig:
         head = "".join(f"<th>{h}</th>" for h in ("stack", "blocks", "count", "method", "trains"))
         body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in self._rows())
         return f"<table><caption>{escape(self.model_id)}</caption><tr>{head}</tr>{body}</table>"
+
+
+def _check_added(i: int, stratum: Stratum, present: Collection[str]) -> None:
+    """Refuse added biases on roles that have one."""
+    asked = LINEAR_ROLES if stratum.bias_added is None else stratum.bias_added
+    for role in (r for r in asked if r in present):
+        where: FieldPath = ("strata", i, "method")
+        if stratum.bias_added is not None:
+            where = ("strata", i, "bias_added", stratum.bias_added.index(role))
+        raise FieldError(
+            where,
+            f"{role!r} has a bias already in stack {stratum.stack!r}, which a second one would double. Write "
+            f"{stratum.method.replace('bias-added', 'bitfit')} in place of {stratum.method}, or name roles without a "
+            "bias in bias_added.",
+        )
 
 
 def _place(stratum: Stratum) -> str:

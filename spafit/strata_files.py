@@ -16,7 +16,7 @@ from spafit.strata import SCHEMA_VERSION, StrataConfig
 from spafit.stratum import METHODS, PLACES, LoraOptions, Outside, PeftOptions, Stratum
 from spafit.yaml_fields import entries, mapping, read_fields, resolve_exponents
 
-_OPTIONS = ("lora", "bitfit", "ia3", "peft", "learning_rate", "weight_decay")
+_OPTIONS = ("lora", "bitfit", "bias_added", "ia3", "peft", "learning_rate", "weight_decay")
 #: Longest entry of provenance, in characters, that is written on one line.
 _ONE_LINE = 100
 
@@ -168,7 +168,7 @@ def plain_from_config(config: StrataConfig) -> dict[str, Any]:
             }
             if s.lora.rslora:
                 entry["lora"]["rslora"] = True
-        for option in ("bitfit", "ia3"):
+        for option in ("bitfit", "bias_added", "ia3"):
             if getattr(s, option) is not None:
                 entry[option] = list(getattr(s, option))
         if s.peft is not None:
@@ -177,8 +177,9 @@ def plain_from_config(config: StrataConfig) -> dict[str, Any]:
                 entry["peft"]["options"] = json.loads(json.dumps(s.peft.options))
         strata.append(entry | _optimizer_fields(s))
     outside: dict[str, Any] = {place: getattr(config.outside, place) for place in PLACES}
-    if outside["final_norm"] == "freeze":
-        del outside["final_norm"]
+    for place in ("final_norm", "projector"):
+        if outside[place] == "freeze":
+            del outside[place]
     outside |= _optimizer_fields(config.outside)
     content: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,

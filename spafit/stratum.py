@@ -9,7 +9,19 @@ from typing import Any
 
 from spafit.fields import FieldError, FieldPath, choice, integer, name_list, number, plain, text
 
-METHODS = ("freeze", "bitfit", "norm", "lora", "lora+bitfit", "lora+norm", "ia3", "dora", "full")
+METHODS = (
+    "freeze",
+    "bitfit",
+    "bias-added",
+    "norm",
+    "lora",
+    "lora+bitfit",
+    "lora+bias-added",
+    "lora+norm",
+    "ia3",
+    "dora",
+    "full",
+)
 #: Methods of PEFT that put tensors of their own on each target module, by PEFT's names in lower case. Not listed are
 #: those whose tensors several modules share (VB-LoRA, Uni-LoRA, TinyLoRA), since no stratum would own them.
 PEFT_METHODS = (
@@ -33,7 +45,7 @@ PEFT_METHODS = (
 )
 OUTSIDE_METHODS = ("freeze", "bitfit", "norm", "full")
 #: The places outside the blocks.
-PLACES = ("embeddings", "pooler", "head", "final_norm")
+PLACES = ("embeddings", "pooler", "head", "final_norm", "projector")
 #: Roles that are linear maps: what LoRA, DoRA, IA3 and PEFT's other methods can target.
 LINEAR_ROLES = (
     "query",
@@ -141,9 +153,13 @@ class Stratum:
         stack: name of the block stack (``encoder``, ``decoder``, …).
         blocks: half-open range ``(start, stop)``; block 0 follows the embeddings.
         method: one of :data:`METHODS` or :data:`PEFT_METHODS`. ``norm`` trains the weights (and biases) of the
-            block's norms.
+            block's norms. ``bias-added`` gives linear maps that have no bias one that starts at 0 and is kept in the
+            adapter; under ``lora+bias-added`` the added bias of a LoRA target is scaled with its update, by
+            alpha / rank.
         lora: options of the low-rank methods; None for other methods (defaults are filled in where needed).
         bitfit: roles whose biases train under ``bitfit`` and ``lora+bitfit``; None means every bias of the block.
+        bias_added: roles that get a new bias under ``bias-added`` and ``lora+bias-added``; None means every linear map
+            of the block. Those that have a bias already are refused: ``bitfit`` trains them.
         ia3: roles scaled under ``ia3``; None means key, value and output, as its authors do.
         peft: options of the methods in :data:`PEFT_METHODS`; None for other methods.
         learning_rate: of this stratum, above 0; None takes the run's.
@@ -162,6 +178,7 @@ class Stratum:
     peft: PeftOptions | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
+    bias_added: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         text(self.stack, ("stack",))
@@ -182,6 +199,7 @@ class Stratum:
         for option, used in (
             ("lora", self.is_low_rank),
             ("bitfit", "bitfit" in self.method),
+            ("bias_added", self.adds_biases),
             ("ia3", self.method == "ia3"),
             ("peft", by_name),
             ("learning_rate", self.method != "freeze"),
@@ -197,6 +215,9 @@ class Stratum:
             object.__setattr__(self, "peft", PeftOptions())
         if self.bitfit is not None:
             object.__setattr__(self, "bitfit", name_list(self.bitfit, ("bitfit",), ROLES, "role"))
+        if self.bias_added is not None:
+            roles = name_list(self.bias_added, ("bias_added",), LINEAR_ROLES, "role of a linear map")
+            object.__setattr__(self, "bias_added", roles)
         if self.method == "ia3":
             wanted = ("key", "value", "output") if self.ia3 is None else self.ia3
             object.__setattr__(self, "ia3", name_list(wanted, ("ia3",), LINEAR_ROLES, "role of a linear map"))
@@ -208,9 +229,17 @@ class Stratum:
         return self.method.startswith("lora") or self.method == "dora"
 
     @property
+    def adds_biases(self) -> bool:
+        """Whether the method gives linear maps a new bias."""
+        return "bias-added" in self.method
+
+    @property
     def adapter(self) -> str | None:
-        """Kind of PEFT adapter on the stratum's linear maps: lora, dora, ia3 or a name of PEFT; None without one."""
-        if self.method.startswith("lora"):
+        """Kind of PEFT adapter on the stratum's linear maps: lora, dora, ia3 or a name of PEFT; None without one.
+
+        An added bias is that of a LoRA layer.
+        """
+        if self.method.startswith("lora") or self.adds_biases:
             return "lora"
         return self.method if self.method in ("dora", "ia3", *PEFT_METHODS) else None
 
@@ -224,6 +253,9 @@ class Stratum:
             parts.append(f"{name} rank {self.lora.rank}{scale} on {', '.join(self.lora.targets)}")
         if "bitfit" in self.method:
             parts.append("every bias" if self.bitfit is None else f"biases of {', '.join(self.bitfit)}")
+        if self.adds_biases:
+            where = "every linear map" if self.bias_added is None else ", ".join(self.bias_added)
+            parts.append(f"added biases of {where}")
         if "norm" in self.method:
             parts.append("norm weights")
         if self.ia3 is not None:
@@ -245,6 +277,8 @@ class Outside:
         pooler: the pooler between the last block and the head, where there is one.
         head: the classifier or language-model head.
         final_norm: the norm after the last block of pre-norm models.
+        projector: what leads from one stack to another: from images to text, or an encoder's states to a decoder of
+            another width.
         learning_rate: of all of these, above 0; None takes the run's.
         weight_decay: of all of these, at least 0; None takes the run's.
     """
@@ -253,6 +287,7 @@ class Outside:
     pooler: str = "bitfit"
     head: str = "full"
     final_norm: str = "freeze"
+    projector: str = "freeze"
     learning_rate: float | None = None
     weight_decay: float | None = None
 

@@ -134,7 +134,7 @@ class StratifiedTrainer(Trainer):
                 part = parts[self.stratified.part_of[canonical]]
                 rate = settings.learning_rate if part.learning_rate is None else part.learning_rate
                 decay = settings.weight_decay if part.weight_decay is None else part.weight_decay
-                stated = part.weight_decay is not None and part.method in ("bitfit", "norm")
+                stated = part.weight_decay is not None and part.method in ("bitfit", "bias-added", "norm")
                 groups.setdefault((rate, decay if stated or canonical in decayed else 0.0), []).append(parameter)
             self.optimizer = torch.optim.AdamW(
                 [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()],

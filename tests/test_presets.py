@@ -117,10 +117,10 @@ def test_the_formula_refuses_what_it_does_not_hold_for(changes, words):
 @pytest.mark.parametrize(
     ("name", "by_block", "outside"),
     [
-        ("full", ["full"] * 6, Outside("full", "full", "full", "full")),
+        ("full", ["full"] * 6, Outside("full", "full", "full", "full", "full")),
         ("head", ["freeze"] * 6, FROZEN_AROUND),
-        ("bitfit", ["bitfit"] * 6, Outside("bitfit", "bitfit", "full", "bitfit")),
-        ("norm", ["norm"] * 6, Outside("norm", "norm", "full", "norm")),
+        ("bitfit", ["bitfit"] * 6, Outside("bitfit", "bitfit", "full", "bitfit", "bitfit")),
+        ("norm", ["norm"] * 6, Outside("norm", "norm", "full", "norm", "norm")),
         ("lora", ["lora"] * 6, FROZEN_AROUND),
         ("last-1", ["freeze"] * 5 + ["full"], Outside("freeze", "full", "full", "full")),
         ("Last-6", ["full"] * 6, Outside("freeze", "full", "full", "full")),
@@ -146,13 +146,13 @@ def test_thirds_are_rounded(blocks, cuts):
 
 
 def test_bitfit_trains_norms_where_blocks_have_no_bias_and_says_so():
-    roles = {"vision": ("query",), "text": ()}
+    roles = {"vision": BERT_ROLES, "text": ()}
     plan = StrataConfig.preset("bitfit", blocks={"vision": 4, "text": 3}, bias_roles=roles)
     assert [s.method for s in plan.strata] == ["bitfit", "norm"]
     assert plan.provenance["substitutions"] == ["text [0, 3): norm for bitfit, the blocks have no bias"]
     assert plan.outside.embeddings == "bitfit"
     none = StrataConfig.preset("bitfit", blocks={"decoder": 3}, bias_roles={"decoder": ()})
-    assert none.outside == Outside("norm", "norm", "full", "norm")
+    assert none.outside == Outside("norm", "norm", "full", "norm", "norm")
     # Control: with biases nothing is replaced.
     assert "substitutions" not in StrataConfig.preset("bitfit", blocks=3).provenance
 
@@ -295,11 +295,12 @@ def test_every_listed_name_makes_a_plan_that_reads_back_equal(name):
     for pattern, value in {"PRESET": "spafit-1-2-I", "SEED": "3", "N1": "1", "N2": "2", "-K": "-2"}.items():
         name = name.replace(pattern, value)
     roles: Mapping[str, tuple[str, ...]] = {"encoder": BERT_ROLES}
-    plan = StrataConfig.preset(name, blocks=6, roles=roles, bias_roles=roles, model_id="m", count=BERT_LARGE)
+    biases = {"encoder": ()} if name.startswith("bias-added") else roles
+    plan = StrataConfig.preset(name, blocks=6, roles=roles, bias_roles=biases, model_id="m", count=BERT_LARGE)
     assert plan.provenance["source"] == f"preset {name}"
     assert plan.model_id == "m"
     assert StrataConfig.from_yaml(plan.to_yaml()) == plan
-    plan.check_model({"encoder": 6}, bias_roles=roles)
+    plan.check_model({"encoder": 6}, bias_roles=biases)
 
 
 @pytest.mark.parametrize(

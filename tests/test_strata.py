@@ -66,7 +66,9 @@ def configs(draw: st.DrawFn) -> StrataConfig:
     stacks = draw(st.dictionaries(st.text(min_size=1, max_size=8), st.integers(1, 40), min_size=1, max_size=3))
     # One plan is one adapter: what holds for all of its strata is drawn once.
     kind = draw(st.sampled_from(["lora", "dora", "ia3", *PEFT_METHODS]))
-    allowed = [m for m in METHODS if (m not in ("dora", "ia3") and not m.startswith("lora")) or m.startswith(kind)]
+    kinds = ("dora", "ia3", "lora", "bias-added")
+    allowed = [m for m in METHODS if not m.startswith(kinds) or m.startswith(kind)]
+    allowed += ["bias-added"] * (kind == "lora")
     allowed += [kind] * (kind in PEFT_METHODS)
     if kind not in ("lora", "dora"):
         allowed.remove("bitfit")
@@ -96,10 +98,11 @@ def configs(draw: st.DrawFn) -> StrataConfig:
                     PeftOptions(draw(role_lists(LINEAR_ROLES)), options) if method in PEFT_METHODS else None,
                     draw(learning_rates) if method != "freeze" else None,
                     draw(weight_decays) if method != "freeze" else None,
+                    draw(st.none() | role_lists(LINEAR_ROLES)) if "bias-added" in method else None,
                 )
             )
     places = [m for m in OUTSIDE_METHODS if m != "bitfit" or kind in ("lora", "dora")]
-    methods = [draw(st.sampled_from(places)) for _ in range(4)]
+    methods = [draw(st.sampled_from(places)) for _ in range(5)]
     frozen = set(methods) == {"freeze"}
     outside = Outside(
         *methods,
@@ -203,7 +206,10 @@ def test_biases_on_query_key_value_alone_keep_bitfit_in_the_middle_only():
     roles = {"decoder": ("query", "key", "value")}
     config = StrataConfig.preset("spafit-scaled-I", blocks={"decoder": 24}, bias_roles=roles)
     assert [s.method for s in config.strata] == ["freeze", "bitfit", "lora+norm"]
-    assert len(config.provenance["substitutions"]) == 1
+    assert config.provenance["substitutions"] == [
+        "decoder [5, 10): bitfit trains the biases of query, key, value, the only ones",
+        "decoder [10, 24): lora+norm for lora+bitfit, no bias in intermediate, output, output_norm",
+    ]
     config.check_model({"decoder": 24}, bias_roles=roles)
 
 
@@ -211,7 +217,10 @@ def test_third_stratum_leaves_out_roles_without_a_bias_and_says_so():
     roles = {"encoder": ("query", "intermediate", "output")}
     config = StrataConfig.preset("spafit-scaled-I", blocks={"encoder": 24}, bias_roles=roles)
     assert config.strata[2].bitfit == ("intermediate", "output")
-    assert "output_norm" in config.provenance["substitutions"][0]
+    assert config.provenance["substitutions"] == [
+        "encoder [5, 10): bitfit trains the biases of query, intermediate, output, the only ones",
+        "encoder [10, 24): no bias in output_norm, left out of bitfit",
+    ]
     config.check_model({"encoder": 24}, bias_roles=roles)
 
 

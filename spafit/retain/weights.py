@@ -160,6 +160,7 @@ def _low_rank_targets(stratified: StratifiedModel) -> list[str]:
         for part in stratified.plan.parts
         if part.stratum is not None and part.stratum.lora is not None and part.stratum.method != "dora"
         for target in part.targets
+        if target not in part.bias_only
     ]
 
 

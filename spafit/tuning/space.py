@@ -22,11 +22,15 @@ from spafit.yaml_fields import entries, mapping, read_fields
 
 MAX_GROUPS = 5
 #: Methods from the least to the most that they change, for ``growing``.
-COMPLEXITY = ("freeze", "norm", "bitfit", "ia3", "lora", "lora+norm", "lora+bitfit", "dora", "full")
+COMPLEXITY = (
+    "freeze", "norm", "bitfit", "bias-added", "ia3", "lora", "lora+norm", "lora+bitfit", "lora+bias-added", "dora",
+    "full",
+)  # fmt: skip
 #: What a learning rate belongs to, by method.
 RATE_OF = {
-    "norm": "bias", "bitfit": "bias", "ia3": "low-rank", "lora": "low-rank", "lora+norm": "low-rank",
-    "lora+bitfit": "low-rank", "dora": "low-rank", "full": "full",
+    "norm": "bias", "bitfit": "bias", "bias-added": "bias", "ia3": "low-rank", "lora": "low-rank",
+    "lora+norm": "low-rank", "lora+bitfit": "low-rank", "lora+bias-added": "low-rank",
+    "dora": "low-rank", "full": "full",
 }  # fmt: skip
 DEFAULT_RATES = {"bias": (2e-4, 5e-3), "low-rank": (1e-4, 4e-3), "full": (5e-6, 2e-4)}
 SCHEMA_VERSION = 1
