@@ -23,6 +23,7 @@ _PUBLIC = {
     "SearchResult": "spafit.tuning.search_result",
     "FitResult": "spafit.fit_result",
     "Signal": "spafit.signals",
+    "Schedule": "spafit.scheduling.schedule",
     "TrainSettings": "spafit.settings",
     "StrataConfig": "spafit.strata",
     "Stratum": "spafit.strata",

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,21 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 
 
+@dataclass
+class Moment:
+    """What holds for now in a model that a schedule moves; see :mod:`spafit.scheduling`.
+
+    Attributes:
+        bare: the model before wrapping, without weights, over which plans are laid; None without a schedule.
+        plan: the plan that holds; None where that is the model's own.
+        resting: canonical names of parameters that could train and do not.
+    """
+
+    bare: nn.Module | None = None
+    plan: ResolvedPlan | None = None
+    resting: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True)
 class StratifiedModel:
     """A model of which exactly the planned parameters train; made by :func:`apply_strata`.
@@ -40,6 +55,7 @@ class StratifiedModel:
             (``bert.encoder.layer.3.attention.self.query.lora_A.weight``).
         part_of: canonical name -> name of its part.
         base_values: the values before training of the parameters that train in place (biases; with an adapter only).
+        moment: what of this holds for now, where a schedule moves it.
     """
 
     model: Any
@@ -47,6 +63,7 @@ class StratifiedModel:
     trainable: Mapping[str, int]
     part_of: Mapping[str, str]
     base_values: Mapping[str, torch.Tensor]
+    moment: Moment = field(default_factory=Moment, repr=False, compare=False)
 
     @property
     def config(self) -> StrataConfig:
@@ -78,8 +95,9 @@ class StratifiedModel:
             ModelError: something else trains, or something planned does not.
         """
         got = {canonical_name(n): p.numel() for n, p in self.model.named_parameters() if p.requires_grad}
-        if got != dict(self.trainable):
-            extra, missing = sorted(set(got) - set(self.trainable)), sorted(set(self.trainable) - set(got))
+        planned = {n: size for n, size in self.trainable.items() if n not in self.moment.resting}
+        if got != planned:
+            extra, missing = sorted(set(got) - set(planned)), sorted(set(planned) - set(got))
             raise ModelError(
                 f"The parameters that train are not those of the plan: {len(extra)} too many ({', '.join(extra[:3])}), "
                 f"{len(missing)} missing ({', '.join(missing[:3])}). Something changed requires_grad after "
@@ -88,9 +106,32 @@ class StratifiedModel:
 
     def restore_mask(self) -> None:
         """Set ``requires_grad`` of every parameter to what the plan says, and check it."""
+        moving = set(self.trainable) - self.moment.resting
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(not _is_original(name) and canonical_name(name) in self.trainable)
+            parameter.requires_grad_(not _is_original(name) and canonical_name(name) in moving)
         self.check()
+
+    def hold(self, config: StrataConfig) -> None:
+        """Let only what another plan trains move; what rests keeps its values.
+
+        Raises:
+            ConfigError: the plan does not fit the model.
+            ModelError: the model was not made for a schedule, or lacks something that the plan trains.
+        """
+        if self.moment.bare is None:
+            raise ModelError("The model was made for one plan, and another cannot be held in it. Apply that plan anew.")
+        plan = resolve(self.moment.bare, config, stacks=self.plan.stacks)
+        moving: set[str] = set()
+        for part in plan.parts:
+            moving |= set(part.biases)
+            moving |= {n for n in part.own if part.method == "full" or any(is_inside(n, m) for m in part.saved)}
+            for target in part.targets:
+                own = {n for n in self.trainable if n.startswith(f"{target}.{self.model.base_model.prefix}")}
+                moving |= own or {target}
+        if lacking := sorted(moving - set(self.trainable)):
+            raise ModelError(f"The model has nothing that trains at {lacking[0]}, which the plan names.")
+        self.moment.plan, self.moment.resting = plan, frozenset(self.trainable) - moving
+        self.restore_mask()
 
     @contextmanager
     def base_model(self) -> Iterator[Any]:
@@ -206,6 +247,9 @@ class StratifiedModel:
             f"expected step: {plain / 3:.2f} of full fine-tuning's"
             + (f", {cached / 3:.2f} with the frozen prefix cached" if cached < plain else "")
         )
+        if self.moment.plan is not None:
+            held = "; ".join(f"{p.name} {p.method}" for p in self.moment.plan.parts)
+            lines.append(f"a schedule moves within this; now: {held}")
         return "\n".join([*lines, *(f"note: {n}" for n in self.plan.notes)])
 
     def _repr_html_(self) -> str:

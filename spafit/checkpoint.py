@@ -15,6 +15,7 @@ from spafit.adapt import (
     canonical_name,
     canonical_parameters,
     is_quantised,
+    meta_copy,
 )
 from spafit.errors import ModelError
 from spafit.hub import quiet
@@ -43,7 +44,8 @@ def save(
     With an adapter the folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's own format,
     with only the biases that train, so that plain ``peft`` and plain ``transformers`` load it. A model of which
     everything trains is written as a plain transformers folder. ``spafit_config.json`` beside either holds the plan,
-    the exact names and sizes that train, and a digest of the base.
+    the exact names and sizes that train, and a digest of the base; where a schedule moved what trains, also the plan
+    that holds at this point, within the one that holds all of them.
 
     Args:
         stratified: the model.
@@ -78,12 +80,15 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         with quiet():
             model.save_pretrained(str(folder), state_dict=state)
+    moment = stratified.moment.plan
+    holds = {} if moment is None else {"holds": moment.config.to_dict()}
     io.write_json(
         folder / CONFIG_FILE,
         {
             "schema_version": io.SCHEMA_VERSION,
             "plan": stratified.config.to_dict(),
             "trainable": dict(stratified.trainable),
+            **holds,
             "base": {k: v for k, v in source.items() if k != "folder"},
         },
     )
@@ -174,7 +179,12 @@ def load(
             dtype=dtype,  # type: ignore[arg-type]
             restoring=True,
         ).model
+    holds = content.get("holds")
+    bare = meta_copy(base) if holds is not None else None
     stratified = apply_strata(base, config)
+    if holds is not None:
+        stratified.moment.bare = bare
+        stratified.hold(StrataConfig.from_dict(holds))
     if dict(stratified.trainable) != content["trainable"]:
         differ = sorted(set(stratified.trainable.items()) ^ {(k, v) for k, v in content["trainable"].items()})
         raise ModelError(

@@ -22,6 +22,7 @@ RUN_COLUMNS = (
 )  # fmt: skip
 INTERPOLATION_COLUMNS = ("seed", "share", "split", "metric", "value")
 SIGNAL_COLUMNS = ("seed", "step", "epoch", "signal", "hidden", "value")
+SCHEDULE_COLUMNS = ("seed", "step", "epoch", "rule", "what", "before", "after", "reason", "label")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class FitResult:
             that one, since the reported splits would otherwise be selected on.
         signals: what was measured while training (:mod:`spafit.signals`), where asked for; columns
             :data:`SIGNAL_COLUMNS`. ``hidden`` is missing for what belongs to no hidden state.
+        schedule: what a schedule changed (:mod:`spafit.scheduling`), a row per change and kind of thing; columns
+            :data:`SCHEDULE_COLUMNS`: after how many steps, by which rule, from what to what, and why.
     """
 
     folder: Path
@@ -47,6 +50,7 @@ class FitResult:
     runs: pd.DataFrame
     interpolation: pd.DataFrame | None = None
     signals: pd.DataFrame | None = None
+    schedule: pd.DataFrame | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> FitResult:
@@ -62,6 +66,7 @@ class FitResult:
         return cls(
             folder, run, io.read_table(folder / "metrics"), io.read_table(folder / "runs"),
             table_if_there(folder / "interpolation"), table_if_there(folder / "signals"),
+            table_if_there(folder / "schedule"),
         )  # fmt: skip
 
     def save(self, folder: str | Path) -> Path:
@@ -69,7 +74,8 @@ class FitResult:
         folder = Path(folder)
         io.write_table(folder / "metrics", self.metrics)
         io.write_table(folder / "runs", self.runs)
-        for name, table in (("interpolation", self.interpolation), ("signals", self.signals)):
+        more = {"interpolation": self.interpolation, "signals": self.signals, "schedule": self.schedule}
+        for name, table in more.items():
             if table is not None:
                 io.write_table(folder / name, table)
             else:  # of an earlier training in this folder
@@ -143,7 +149,10 @@ class FitResult:
         return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Learning curves: training loss by step, and the score on held-out training items; a line per seed."""
+        """Learning curves: training loss by step, and the score on held-out training items; a line per seed.
+
+        A vertical line marks what a schedule changed, in its seed's colour where there are several.
+        """
         import seaborn as sns
         from matplotlib.ticker import MaxNLocator
 
@@ -167,12 +176,33 @@ class FitResult:
                 other.plot(rows["step"], rows["value"], "o-", color=colour, linewidth=1.2, markersize=3, label=label)
             names = [m for m in self.runs["metric"].unique() if m != "headline"]
             other.set_ylabel(f"mean of {' and '.join(names)}" if len(names) > 1 else names[0])
+        if self.schedule is not None:
+            self._mark_changes(ax)
         lines = [line for axes in ax.get_figure(root=True).axes for line in axes.get_lines()]  # type: ignore[union-attr]
         named = [line for line in lines if not str(line.get_label()).startswith("_")]
         if named:  # a run shorter than the logging interval has no rows of training loss
             ax.legend(handles=named, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
         ax.set_title(f"{self.run['task']}, {self.run['method']}")
         return ax
+
+    def _mark_changes(self, ax: Axes) -> None:
+        """Vertical lines with short labels at the steps at which the schedule changed something."""
+        import seaborn as sns
+
+        assert self.schedule is not None
+        colours = sns.color_palette("colorblind", len(self.seeds))
+        several = len(self.seeds) > 1
+        for i, seed in enumerate(self.seeds):
+            own = self.schedule[self.schedule["seed"] == seed]
+            for step in own["step"].unique():
+                colour = colours[i] if several else "#555555"
+                label = ", ".join(dict.fromkeys(own.loc[own["step"] == step, "label"]))
+                ax.axvline(step, color=colour, linewidth=0.8, linestyle=":")
+                ax.text(
+                    step, 0.98 - 0.3 * (i % 3), label, rotation=90, fontsize=6, color=colour, va="top", ha="center",
+                    transform=ax.get_xaxis_transform(),
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+                )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"FitResult({str(self.folder)!r}, {len(self.seeds)} seeds)\n{self.to_markdown()}"

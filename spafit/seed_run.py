@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from spafit.kinds.base import Collate, TaskKind
     from spafit.prefix import PrefixCache
     from spafit.retain import PricedRemedy
+    from spafit.scheduling import Schedule
     from spafit.signals import Signal
 
 #: Raised by one whenever the same inputs would give other numbers, so that older finished seeds are trained again.
@@ -63,6 +64,7 @@ class Job:
     processes: Processes
     prefix_folder: Path | None = None
     start: Path | None = None
+    schedule: Schedule | None = None
 
 
 def train_seed(job: Job, seed: int) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
     Raises:
         SpafitError: as in :func:`spafit.fit`.
     """
-    from spafit.adapt import apply_strata, plan_for
+    from spafit.adapt import apply_strata, meta_copy, plan_for
     from spafit.checkpoint import base_digest
     from spafit.digests import model_digest, tokenizer_digest
     from spafit.runtime import torch_seed
@@ -85,8 +87,11 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
     start = model_digest(headed.model), tokenizer_digest(headed.tokenizer)
     plan = plan_for(headed.model, job.config, model_id=headed.name, missing=headed.missing, keep_head=kind.keeps_head)
     settings = job.settings.for_plan(plan)
+    schedule = job.schedule
+    bare = None if schedule is None else meta_copy(headed.model)
     with torch_seed(seed, "adapter"):  # PEFT draws its matrices from torch's own generator
-        stratified = apply_strata(headed.model, plan)
+        stratified = apply_strata(headed.model, plan if schedule is None else schedule.widest(plan))
+    stratified.moment.bare = bare
     began = _begin_with(stratified, job.start)
     content = plan.to_dict()
     content.pop("provenance", None)
@@ -104,6 +109,7 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
             processes.count,
             [repr(r) for r in job.remedies],
             *began,
+            *([] if schedule is None else [schedule.to_dict()]),
         ]
     )
     record = folder / "run.json"
@@ -117,6 +123,7 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
         "plan": plan.to_dict(),
         "settings": settings.to_dict(),
         "remedies": [repr(r) for r in job.remedies],
+        "schedule": None if schedule is None else schedule.to_dict(),
         "data": data.digest,
         "trainable": stratified.trainable_parameters(),
         "total": stratified.total_parameters(),
@@ -161,7 +168,7 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
     if processes.first:
         io.write_json(record, run)
     processes.wait()
-    done = _run(job, kind, stratified, headed, settings, seed, folder, base, run["notes"])
+    done = _run(job, kind, stratified, headed, settings, plan, seed, folder, base, run["notes"])
     _write(job, stratified, headed, settings, folder, base, run, done)
     del headed, stratified
     _release(device)
@@ -193,6 +200,7 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     found += [f"model {before['model']['name']}"] if before["model"] != now["model"] else []
     for part, called in (("remedies", "remedies"), ("device", "device"), ("processes", "number of processes")):
         found += [f"{called} {before.get(part)!r}, not {now[part]!r}"] if before.get(part) != now[part] else []
+    found += ["another schedule"] if before.get("schedule") != now["schedule"] else []
     found += ["other data"] if before.get("data") != now["data"] else []
     return "; ".join(found) or "made by another version of this package, or from other weights"
 
@@ -216,6 +224,7 @@ def _finished(folder: Path, *, kept: bool) -> dict[str, Any]:
         "metrics": io.read_table(folder / "metrics"),
         "interpolation": table_if_there(folder / "interpolation"),
         "signals": table_if_there(folder / "signals"),
+        "schedule": table_if_there(folder / "schedule"),
         "kept": kept,
     }
 
@@ -275,7 +284,7 @@ def _write(
     if len(done["interpolation"]):
         io.write_table(folder / "interpolation", done["interpolation"])
     more = {"prefix_cache": done["prefix_cache"], "remedy_price": done["price"], "best_step": done["best_step"]}
-    more |= {"signals": done["signals"]}
+    more |= {"signals": done["signals"], "changes": done["changes"]}
     io.write_json(folder / "run.json", {**run, "status": "complete", **more})
     _remove_state(folder)
 
@@ -286,6 +295,7 @@ def _run(
     stratified: StratifiedModel,
     headed: HeadedModel,
     settings: TrainSettings,
+    plan: StrataConfig,
     seed: int,
     folder: Path,
     base: dict[str, Any],
@@ -346,13 +356,23 @@ def _run(
             remedy.prepare(stratified, headed.tokenizer, max_length=settings.max_length, device=device)
         monitor.add_setup(time.perf_counter() - begun)
         if last is None and job.processes.first:
-            for old in folder.glob("signals.*"):
+            for old in [*folder.glob("signals.*"), *folder.glob("schedule.*")]:
                 old.unlink()
         recorder = SignalRecorder(
             job.signals if job.processes.first else (), stratified.model, folder, seed=seed, resumed_from=last,
-            monitor=monitor, selects=len(select) > 0,
+            monitor=monitor, selects=len(select) > 0, exact=job.schedule is not None and bool(job.schedule.readings),
         )  # fmt: skip
         recorder.start()  # before a checkpoint is loaded
+        driver = None
+        if job.schedule is not None:
+            from spafit.scheduling.driver import ScheduleDriver
+
+            assert settings.learning_rate is not None
+            driver = ScheduleDriver(
+                job.schedule, stratified, plan, learning_rate=settings.learning_rate, folder=folder, seed=seed,
+                resumed_from=last, recorder=recorder,
+            )  # fmt: skip
+            driver.check_readings()
         if settings.checkpoint_activations:
             from spafit.activations import checkpoint_trained_blocks
 
@@ -360,7 +380,8 @@ def _run(
         trainer = StratifiedTrainer(
             stratified, settings, arguments, train=train, select=select, tokenizer=headed.readers,
             metrics=selection, collate=collate, loss=kind.loss, units=kind.units, cache=cache, remedies=job.remedies,
-            weights=weights, base=base, callbacks=[monitor, recorder],
+            weights=weights, base=base, rated=None if driver is None else driver.units,
+            callbacks=[monitor, recorder, *([] if driver is None else [driver])],
         )  # fmt: skip
         if job.signals and trainer.is_fsdp_enabled:
             raise UsageError(
@@ -387,7 +408,7 @@ def _run(
     best = state.best_global_step or state.global_step
     epochs = [float(e["epoch"]) for e in state.log_history if e["step"] == best and "epoch" in e]
     recorder.finish(best, epochs[0] if epochs else float(state.epoch or 0), total=state.max_steps)
-    notes += recorder.notes()
+    notes += [*recorder.notes(), *([] if driver is None else driver.notes())]
     if len(select):
         notes.append(f"seed {seed}: step {best} of {state.global_step} kept, chosen on {len(select)} held-out items")
     if state.global_step < state.max_steps:
@@ -439,6 +460,7 @@ def _run(
         "interpolation": pd.DataFrame(swept, columns=list(INTERPOLATION_COLUMNS)),
         "prefix_cache": None if cache is None else {"bytes": cache.bytes},
         "signals": recorder.record(),
+        "changes": None if driver is None else driver.rows,
         "price": prices(job.remedies).to_dict("records") if job.remedies else [],
     }
 

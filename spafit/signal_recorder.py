@@ -42,6 +42,7 @@ class SignalRecorder(TrainerCallback, ExportableState):
         resumed_from: checkpoint that the run goes on from, or None.
         monitor: keeps the training's time.
         selects: whether other weights than the last ones may be kept in the end.
+        exact: measure at each of a signal's steps, whatever its share of the time, since a schedule reads it.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class SignalRecorder(TrainerCallback, ExportableState):
         resumed_from: Path | None,
         monitor: StepMonitor,
         selects: bool,
+        exact: bool = False,
     ):
         self.signals, self.model, self.folder, self.seed, self.monitor = tuple(signals), model, folder, seed, monitor
         self.rows: list[dict[str, Any]] = []
@@ -65,7 +67,8 @@ class SignalRecorder(TrainerCallback, ExportableState):
                 kept = io.read_table(folder / "signals")
                 self.rows = kept[kept["step"] <= state["global_step"]].to_dict("records")
         self.paces = {
-            s.name: Pace(s.share, **before.get(s.name, {}), reserved=1 + selects, every=s.every or 1) for s in signals
+            s.name: Pace(s.share, **before.get(s.name, {}), reserved=1 + selects, every=s.every or 1, exact=exact)
+            for s in signals
         }
         self._owners: dict[str, str] = {}
         self._keys = {(r["step"], r["signal"], _number(r["hidden"])) for r in self.rows}
@@ -129,7 +132,9 @@ class SignalRecorder(TrainerCallback, ExportableState):
                     f"; the interval was widened from {pace.every} to up to {widest} steps to stay within "
                     f"{100 * signal.share:g} %"
                 )
-            if pace.spent > signal.share * training:
+            if pace.exact:
+                said += "; at each of its steps, since the schedule reads signals"
+            elif pace.spent > signal.share * training:
                 said += "; more than its share, since the measurements at the start and the end are always made"
             found.append(said)
         return found

@@ -107,6 +107,7 @@ class Pace:
         every: steps between two measurements, at least.
         total: steps of the training.
         reserved: measurements at the end that are made in any case.
+        exact: measure at each step that ``every`` allows, whatever the share.
         steps: steps at which it was measured.
         spent: seconds that all measurements took.
         cost: seconds that the last one took.
@@ -116,6 +117,7 @@ class Pace:
     every: int = 1
     total: int = 0
     reserved: int = 1
+    exact: bool = False
     steps: list[int] = field(default_factory=list)
     spent: float = 0.0
     cost: float = 0.0
@@ -129,8 +131,8 @@ class Pace:
             return False
         if step >= self.total:
             return True
-        if step % self.every:
-            return False
+        if step % self.every or self.exact:
+            return step % self.every == 0
         left = self.share * seconds * self.total / step - self.spent - self.reserved * self.cost
         if left < self.cost:
             return False

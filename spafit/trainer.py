@@ -25,6 +25,7 @@ from spafit.prefix import PrefixCache
 from spafit.resolve import whole_modules
 from spafit.retain import PricedRemedy
 from spafit.settings import TrainSettings
+from spafit.strata import StrataConfig
 
 #: torch reports a file that cannot be written as a RuntimeError of its archive writer.
 _ARCHIVE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream")
@@ -79,11 +80,13 @@ class StratifiedTrainer(Trainer):
         remedies: Sequence[PricedRemedy] = (),
         weights: torch.Tensor | None = None,
         base: Mapping[str, Any] | None = None,
+        rated: Mapping[str, str] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
         self.stratified, self.settings, self.base = stratified, settings, dict(base or {})
         self.cache, self.remedies, self.class_weights = cache, tuple(remedies), weights
         self.loss_of, self.units = loss or classification_loss, units
+        self.rated = dict(rated or {})  # canonical name -> what gets a learning rate of its own
         self.tokenizer_to_save, self.folder = tokenizer, Path(str(arguments.output_dir))
         self.remedy_losses: dict[str, list[torch.Tensor]] = {}
         total = settings.batch_size * settings.accumulate * arguments.world_size
@@ -124,20 +127,20 @@ class StratifiedTrainer(Trainer):
             self.stratified.check()
             settings = self.settings
             assert settings.learning_rate is not None
-            groups: dict[tuple[float, float], list[Any]] = {}
+            groups: dict[tuple[float, float, str], list[Any]] = {}
             parts = {p.name: p for p in self.stratified.plan.parts}
             decayed = set(map(canonical_name, self.get_decay_parameter_names(self.stratified.model)))
-            for name, parameter in (model or self.stratified.model).named_parameters():
-                if not parameter.requires_grad:
+            for canonical, parameter in canonical_parameters(model or self.stratified.model).items():
+                if canonical not in self.stratified.trainable:
                     continue
-                canonical = canonical_name(name)
                 part = parts[self.stratified.part_of[canonical]]
                 rate = settings.learning_rate if part.learning_rate is None else part.learning_rate
                 decay = settings.weight_decay if part.weight_decay is None else part.weight_decay
                 stated = part.weight_decay is not None and part.method in ("bitfit", "bias-added", "norm")
-                groups.setdefault((rate, decay if stated or canonical in decayed else 0.0), []).append(parameter)
+                decay = decay if stated or canonical in decayed else 0.0
+                groups.setdefault((rate, decay, self.rated.get(canonical, "")), []).append(parameter)
             self.optimizer = torch.optim.AdamW(
-                [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()],
+                [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd, _), p in groups.items()],
                 lr=settings.learning_rate,
             )
         return self.optimizer
@@ -274,6 +277,8 @@ def load_weights(stratified: StratifiedModel, folder: Path) -> None:
     from safetensors.torch import load_file
 
     content = checkpoint.read_config(folder)
+    if content.get("holds") is not None and stratified.moment.bare is not None:
+        stratified.hold(StrataConfig.from_dict(content["holds"]))
     if content["trainable"] != dict(stratified.trainable):
         raise ModelError(
             f"The checkpoint {folder.name} was written by another plan ({len(content['trainable'])} tensors train "
@@ -304,7 +309,7 @@ def set_training_modes(stratified: StratifiedModel) -> None:
     Dropout that belongs to no parameter, such as GPT-2's after its embeddings, is off with them.
     """
     base = stratified.model.get_base_model() if stratified.is_adapter else stratified.model
-    plan = stratified.plan
+    plan = stratified.moment.plan or stratified.plan
     if any(p.name == "embeddings" and p.method != "freeze" for p in plan.parts):
         return
     backbone = getattr(base, "base_model", base)

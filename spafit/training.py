@@ -12,7 +12,14 @@ import pandas as pd
 from spafit import io
 from spafit.data.training import TrainData
 from spafit.errors import DataError, OutputError, UsageError
-from spafit.fit_result import INTERPOLATION_COLUMNS, METRIC_COLUMNS, RUN_COLUMNS, SIGNAL_COLUMNS, FitResult
+from spafit.fit_result import (
+    INTERPOLATION_COLUMNS,
+    METRIC_COLUMNS,
+    RUN_COLUMNS,
+    SCHEDULE_COLUMNS,
+    SIGNAL_COLUMNS,
+    FitResult,
+)
 from spafit.kinds import kind_of
 from spafit.processes import joined
 from spafit.runtime import provenance
@@ -23,6 +30,7 @@ from spafit.strata import StrataConfig
 
 if TYPE_CHECKING:
     from spafit.retain import PricedRemedy
+    from spafit.scheduling import Schedule
 
 
 def fit(
@@ -35,6 +43,7 @@ def fit(
     out: str | Path,
     remedies: Sequence[PricedRemedy] = (),
     signals: Sequence[Signal] = (),
+    schedule: Schedule | None = None,
     prefix_folder: str | Path | None = None,
     start: str | Path | None = None,
     method: str | None = None,
@@ -65,6 +74,9 @@ def fit(
         signals: what is measured while training; see :class:`spafit.signals.Signal`. They change no weight: training
             is the same to the bit with and without them, and a finished seed is not trained again for their sake. One
             that finished without a signal has none, which is said on stderr; ``resume=False`` trains it anew.
+        schedule: rules by which boundaries, ranks and learning rates change while training, and what freezes; see
+            :mod:`spafit.scheduling`. Part of what makes a run the same run. ``trainable`` then counts whatever can
+            train at any time, and the saved adapter holds all of it, at its largest rank.
         prefix_folder: where the frozen prefix's outputs are kept for several calls; those with equal training items,
             base and frozen blocks then share them. None keeps them in the seed's folder while it trains.
         start: folder of a model that this plan trained before on the same base (``FitResult.model_folder``): training
@@ -90,14 +102,20 @@ def fit(
     if len({s.name for s in signals}) < len(signals):
         raise UsageError(f"Two signals have one name: {', '.join(s.name for s in signals)}. Rename one.")
     plan_name = config if isinstance(config, str) else str(config.provenance.get("source", "own plan"))
-    name = method or " + ".join([plan_name, *(r.name for r in remedies)])
+    name = method or " + ".join([plan_name, *(r.name for r in remedies), *(["schedule"] if schedule else [])])
     processes = joined(device)
+    if schedule is not None:
+        if start is not None:
+            raise UsageError("A schedule begins with the base, and start names a trained model. Leave one of them out.")
+        schedule.check(signals=[s.name for s in signals], select_share=settings.select_share, processes=processes.count)
+        if isinstance(config, StrataConfig):
+            schedule.widest(config)
     if processes.first:
         _check_writable(Path(out))
     job = Job(
         model, config, data, settings, Path(out), tuple(remedies), tuple(signals), name, revision,
         offline, allow_pickle, resume, command or "spafit.fit", quiet or not processes.first, processes,
-        None if prefix_folder is None else Path(prefix_folder), None if start is None else Path(start),
+        None if prefix_folder is None else Path(prefix_folder), None if start is None else Path(start), schedule,
     )  # fmt: skip
     try:
         done = [train_seed(job, seed) for seed in seeds]
@@ -159,7 +177,8 @@ def _is_written(folder: Path, done: Sequence[dict[str, Any]]) -> bool:
 
 def _result(job: Job, done: Sequence[dict[str, Any]]) -> FitResult:
     first = done[0]["run"]
-    swept, measured = ([d[k] for d in done if d[k] is not None] for k in ("interpolation", "signals"))
+    more = ("interpolation", "signals", "schedule")
+    swept, measured, changed = ([d[k] for d in done if d[k] is not None] for k in more)
     return FitResult(
         job.folder,
         {
@@ -173,6 +192,8 @@ def _result(job: Job, done: Sequence[dict[str, Any]]) -> FitResult:
             "remedies": first["remedies"],
             "remedy_price": first["remedy_price"],
             "signals": [{"seed": d["run"]["seed"], **s} for d in done for s in d["run"].get("signals", [])],
+            "schedule": first.get("schedule"),
+            "changes": [c for d in done for c in d["run"].get("changes") or ()],
             "seeds": [d["run"]["seed"] for d in done],
             "keys": [d["run"]["key"] for d in done],
             "processes": job.processes.count,
@@ -188,7 +209,13 @@ def _result(job: Job, done: Sequence[dict[str, Any]]) -> FitResult:
         pd.concat([d["rows"] for d in done], ignore_index=True)[list(RUN_COLUMNS)],
         None if not swept else pd.concat(swept, ignore_index=True)[list(INTERPOLATION_COLUMNS)],
         None if not measured else pd.concat(measured, ignore_index=True)[list(SIGNAL_COLUMNS)],
+        None if not changed else pd.concat(_filled(changed), ignore_index=True)[list(SCHEDULE_COLUMNS)],
     )
+
+
+def _filled(tables: Sequence[pd.DataFrame]) -> Sequence[pd.DataFrame]:
+    """Those that have rows, so that the types are theirs; the first where none has."""
+    return [t for t in tables if len(t)] or tables[:1]
 
 
 def _check_writable(folder: Path) -> None:

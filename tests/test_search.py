@@ -406,6 +406,30 @@ def test_plans_are_trained_over_folds_within_a_limit_and_adapters_kept(tmp_path:
         replace(objective, forgetting=None).check()
 
 
+def test_a_search_trains_its_plans_with_a_schedule(tmp_path: Path) -> None:
+    from spafit import io
+    from spafit.scheduling import At, OnPlateau, Schedule
+    from spafit.strata import StrataConfig
+
+    save_tiny("bert", tmp_path / "bert")
+    space = SearchSpace({"encoder": BLOCKS}, ranks=(2, 2), methods=("lora",), rates={"low-rank": (5e-3, 2e-2)})
+    plain = PlanObjective(
+        space, str(tmp_path / "bert"), folds(task(24), 2), TrainSettings(epochs=1, batch_size=8, max_length=16),
+        tmp_path / "trained", device="cpu",
+    )  # fmt: skip
+    objective = replace(plain, schedule=Schedule((At(step=1, rank=6),)))
+    objective.check()
+    assert objective.record() != plain.record()
+    result = search(objective, space, out=tmp_path / "out", strategy="random", n_trials=1, seed=3)
+    (run,) = tmp_path.glob("trained/*/fold-1/run.json")
+    assert [c["label"] for c in io.read_json(run)["changes"]] == ["rank 2→6"]
+    sizes = [o.count(StrataConfig.from_dict(io.read_json(run)["plan"])) for o in (plain, objective)]
+    assert sizes[1] > sizes[0]  # a limit counts what trains at any time
+    assert -result.to_pandas()["parameters"].iloc[0] == sizes[1]
+    with pytest.raises(UsageError, match="select_share is 0"):
+        replace(plain, schedule=Schedule((OnPlateau("freeze"),))).check()
+
+
 # ---------------------------------------------------------------- recipes and the command
 
 

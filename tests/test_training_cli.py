@@ -521,3 +521,24 @@ def test_bad_input_to_the_other_commands_is_one_sentence(
     named["MISSING"] = tmp_path / "missing.tsv"
     said = sentence(*(named.get(c, c) for c in command), capsys=capsys, monkeypatch=monkeypatch)
     assert expected in said, said
+
+
+def test_a_schedule_changes_strata_while_training_and_says_why(
+    bert: Path, tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: Any = {"capsys": capsys, "monkeypatch": monkeypatch}
+    (tmp_path / "rules.yaml").write_text(
+        "schema_version: 1\nrules:\n  - {at: {step: 4}, rank: 8}\n"
+        "  - {on: signal, reading: 'lost:core.tense', tolerance: 0, moves: rises, do: freeze}\n"
+    )
+    rules = ("--strata-schedule", tmp_path / "rules.yaml")
+    said = sentence(*train_arguments(bert, tables, tmp_path / "out"), *rules, **how)
+    assert "reads 'lost:core.tense', and nothing is measured while training. Give a signal" in said
+    (tmp_path / "rules.yaml").write_text("schema_version: 1\nrules:\n  - {at: {step: 4}, rank: 8}\n")
+    done = invoke(*train_arguments(bert, tables, tmp_path / "out"), *rules)
+    assert re.search(r"Change:  seed 0, step 4: rank .* 64 → .* 8 \(the timetable, step 4\)", done.stdout)
+    run = io.read_json(tmp_path / "out" / "run.json")
+    assert run["method"] == "spafit-scaled-I + rules"
+    (tmp_path / "rules.yaml").write_text("schema_version: 1\nrules:\n  - {at: {step: 4}, ranks: 8}\n")
+    said = sentence(*train_arguments(bert, tables, tmp_path / "other"), *rules, **how)
+    assert "line 3, rules[0].ranks: unknown field 'ranks'" in said

@@ -26,6 +26,7 @@ Examples:
 - `spafit train --model SmolLM2-135M.gguf --train pairs.jsonl --prompt question --answer answer` learns to write answers
 - `spafit train --model gpt2 --train book.txt --running-text --max-length 256` learns to continue text
 - `spafit train --task rte --data glue_data --watch core.tense,core.voice` shows what each layer forgets, step by step
+- `spafit train --task rte --data glue_data --strata-schedule rules.yaml` changes boundaries, ranks and rates by rules
 - `spafit train --model bert-large-cased --strata spafit-4-9-I --dry-run` prints what would train, without weights
 """
 
@@ -108,6 +109,15 @@ def train(
         ),
     ] = "spafit-scaled-I",
     presets: Annotated[bool, _option(_PLAN, "--presets", help="List the presets and stop.")] = False,
+    strata_schedule: Annotated[
+        Path | None,
+        _option(
+            _PLAN,
+            "--strata-schedule",
+            help="A YAML file of rules by which boundaries, ranks and rates change while training: at a time, on a "
+            "plateau, on what --watch measures (`lost:core.tense`), on gradients.",
+        ),
+    ] = None,
     retain: Annotated[
         list[str] | None,
         _option(
@@ -252,6 +262,11 @@ def train(
         interpolate=_shares(interpolate), track=tuple(track or ()),
     )  # fmt: skip
     plan = load_plan(strata)
+    rules = None
+    if strata_schedule is not None:
+        from spafit.scheduling import Schedule
+
+        rules = Schedule.load(strata_schedule)
     if watch is None and (watch_every is not None or watch_share != 0.10):
         raise UsageError("--watch-every and --watch-share say how --watch looks. Name tasks with --watch.")
     signals = () if watch is None else (
@@ -268,14 +283,17 @@ def train(
     from spafit.training import fit
 
     remedies = [parse_remedy(r) for r in retain or ()]
-    name = " + ".join([strata if isinstance(plan, str) else Path(strata).stem, *(r.name for r in remedies)])
+    name = " + ".join(
+        [strata if isinstance(plan, str) else Path(strata).stem, *(r.name for r in remedies),
+         *([] if strata_schedule is None else [strata_schedule.stem])]
+    )  # fmt: skip
     folder = out or Path("runs") / "train" / "-".join(
         [Path(model or DEFAULT_NAME).name, given.name, name.replace(":", "-").replace(" + ", "-")]
     )
     try:
         result = fit(
             model, plan, data=given, settings=settings, seeds=tuple(range(seeds)), out=folder,
-            remedies=remedies, signals=signals, method=name, device=device, revision=revision,
+            remedies=remedies, signals=signals, schedule=rules, method=name, device=device, revision=revision,
             offline=offline, allow_pickle=allow_pickle, resume=resume, command=command_line(), quiet=quiet,
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -300,6 +318,11 @@ def train(
     typer.echo(f"\n{result.to_markdown()}\n")
     if result.interpolation is not None:
         typer.echo(f"{result.interpolation_to_markdown()}\n")
+    for change in result.run["changes"]:
+        typer.echo(
+            f"Change:  seed {change['seed']}, step {change['step']}: {change['what']} {change['before']} → "
+            f"{change['after']} ({change['reason']})"
+        )
     for note in result.run["notes"]:
         typer.echo(f"Note:    {note}")
     if signals and not seen:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from spafit.settings import TrainSettings
 from spafit.strata import StrataConfig
 from spafit.tuning.parameters import Outcome, Report, Values
 from spafit.tuning.space import SearchSpace
+
+if TYPE_CHECKING:
+    from spafit.scheduling import Schedule
 
 #: What is measured of a trained model that spafit itself cannot measure: a number by the folder of the model.
 Measure = Callable[[Path], float]
@@ -43,6 +46,8 @@ class PlanObjective:
         revision: of a hub model.
         offline: never ask the hub.
         allow_pickle: accept pickle weights.
+        schedule: changes each plan while it trains, by rules on time or gradients; see :mod:`spafit.scheduling`. Its
+            boundaries must fit every plan of the space.
     """
 
     space: SearchSpace
@@ -59,6 +64,7 @@ class PlanObjective:
     revision: str | None = None
     offline: bool = False
     allow_pickle: bool = False
+    schedule: Schedule | None = None
 
     def __call__(self, values: Values, report: Report) -> Outcome:
         """Train and score on each fold in turn; each fold's headline is reported."""
@@ -79,7 +85,7 @@ class PlanObjective:
                 self.model, config, data=data, settings=replace(self.settings, select_share=0, patience=0, **changes),
                 seeds=(self.seed,), out=place / f"fold-{i}", method="search", prefix_folder=self.folder / "prefix",
                 device=self.device, revision=self.revision, offline=self.offline, allow_pickle=self.allow_pickle,
-                quiet=True,
+                schedule=self.schedule, quiet=True,
             )  # fmt: skip
             own = result.runs[result.runs["split"] == "fold"]
             scores.append(float(own.loc[own["metric"] == "headline", "value"].iloc[0]))
@@ -104,10 +110,11 @@ class PlanObjective:
         settings = {k: v for k, v in self.settings.to_dict().items() if k not in ("track", "log_steps", "workers")}
         measure = self.forgetting
         name = repr(measure) if is_dataclass(measure) else getattr(measure, "__qualname__", type(measure).__qualname__)
-        return [self.model, self.revision, [f.digest for f in self.folds], settings, self.seed, limits, name]
+        rules = [] if self.schedule is None else [self.schedule.to_dict()]
+        return [self.model, self.revision, [f.digest for f in self.folds], settings, self.seed, limits, name, *rules]
 
     def count(self, config: StrataConfig) -> int:
-        """Parameters that a plan trains on the model."""
+        """Parameters that a plan trains on the model, at any time of its schedule."""
         from spafit.adapt import count_trainable, with_missing_pooler
         from spafit.heads import build_without_weights
 
@@ -115,7 +122,8 @@ class PlanObjective:
         empty, _ = build_without_weights(
             self.model, labels=1 if labels is None else len(labels), revision=self.revision, offline=self.offline
         )
-        return count_trainable(empty, with_missing_pooler(empty, config, ()))
+        plan = with_missing_pooler(empty, config, ())
+        return count_trainable(empty, plan if self.schedule is None else self.schedule.widest(plan))
 
     def check(self) -> None:
         """See before anything trains that the limits can be kept and measured.
@@ -125,6 +133,8 @@ class PlanObjective:
         """
         if self.max_forgetting is not None and self.forgetting is None:
             raise UsageError("A limit of forgetting needs something that measures it. Give forgetting.")
+        if self.schedule is not None:  # a search trains on all of a fold and measures nothing meanwhile
+            self.schedule.check(signals=(), select_share=0, processes=1)
         if self.max_parameters is None:
             return
         rank = min(self.space.ranks)
