@@ -112,6 +112,11 @@ class ProbeResults:
         return tuple(dict.fromkeys(self.scores["task"]))
 
     @property
+    def stacks(self) -> tuple[str, ...]:
+        """Names of the stacks that were probed, in the order of the run."""
+        return tuple(dict.fromkeys(self.scores["stack"].astype(str)))
+
+    @property
     def tasks_with_bits(self) -> tuple[str, ...]:
         """:attr:`tasks` whose scores are bits per item, among others: all but trees."""
         return tuple(dict.fromkeys(self.scores.loc[self.scores["metric"] == "bits", "task"]))
@@ -205,11 +210,14 @@ class ProbeResults:
         tasks: Sequence[str] | None = None,
         *,
         adjusted_by: str | None = "random-encoder",
+        stack: str | None = None,
         site: str | None = None,
         pooling: str | None = None,
         n_boot: int = 1000,
     ) -> list[LayerCurve]:
         """:meth:`curve` of every task (or those named), at the block site if the run has it, else at its first site.
+
+        Of the stack named, or the first of :attr:`stacks`.
 
         Tasks of trees have no bits. They are left out beside others, and given in UUAS where named or alone.
         """
@@ -218,8 +226,8 @@ class ProbeResults:
         bits = self.tasks_with_bits
         return [
             self.curve(
-                t, adjusted_by=adjusted_by, metric="bits" if t in bits else "uuas", site=site, pooling=pooling,
-                n_boot=n_boot,
+                t, adjusted_by=adjusted_by, metric="bits" if t in bits else "uuas", stack=stack, site=site,
+                pooling=pooling, n_boot=n_boot,
             )
             for t in tasks or bits or self.tasks
         ]  # fmt: skip
