@@ -29,8 +29,8 @@ class ProbeConfig:
         model: reference of the model (hub id, folder, GGUF file, adapter folder); None is the built-in default.
         revision: branch, tag or commit of a hub model.
         tasks: task references; ``core`` is the generated suite.
-        layers: hidden indices to probe, such as ``0-6`` or ``0,3,6``; ``all`` by default. Of several stacks each may have
-            its own: ``encoder:0-6,decoder:0,3,6``.
+        layers: hidden indices to probe, such as ``0-6`` or ``0,3,6``; ``all`` by default. Of several stacks each may
+            have its own: ``encoder:0-6,decoder:0,3,6``.
         sites: where states are read: ``block`` output, ``attention``, ``feed_forward``, ``heads``, ``final_norm``.
         stack: which stack (``encoder``, ``decoder``, ``text``, ``vision``), or the dotted path of the list of blocks
             in a model that is not recognised; None takes the first. Several by commas (``encoder,decoder``) are probed

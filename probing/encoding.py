@@ -54,7 +54,10 @@ def extract_shard(plan: ProbePlan, shard: tuple[int, int], *, quiet: bool = Fals
 def encoders(
     plan: ProbePlan, todo: Sequence[Task], *, shard: tuple[int, int] | None, progress: Callable[[float], None]
 ) -> Iterator[tuple[str, int | None, str, dict[str, ActivationStore], float]]:
-    """Extract every corpus with the model (``none``) and with each seed's encoder of each control that is one; stores by stack."""
+    """Extract every corpus with the model (``none``) and with each seed's encoder of each control that is one.
+
+    Stores are given by the stack's name.
+    """
     from probing.extraction import extract_stacks
     from probing.permuted import permuted_texts
     from spafit.models import randomize_weights
