@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.localization import LocalizationTest, localization_test
+from analysis.run_suggestion import StackSuggestions, merged_config
 from analysis.sensitivity import unstable_tasks
 from analysis.stability import readings_of
 from analysis.strata_suggestion import StrataSuggestion
@@ -24,17 +25,33 @@ class Interpretation:
 
     Attributes:
         results: the run.
-        localization: the test of the hypothesis, as far as probing alone can test it.
-        suggestion: strata from probing evidence alone.
-        verdict: content of ``verdict.json``: the test's, without tasks that sensitivity found unstable.
+        localizations: by stack, the test of the hypothesis, as far as probing alone can test it.
+        suggestions: by stack, strata from probing evidence alone, and the plan for the whole model.
+        verdict: content of ``verdict.json``: the test's, without tasks that sensitivity found unstable. Of several
+            stacks, the first one's, with each one's under ``stacks``.
         paths: files written, the ones to look at first.
     """
 
     results: ProbeResults
-    localization: LocalizationTest
-    suggestion: StrataSuggestion
+    localizations: dict[str, LocalizationTest]
+    suggestions: StackSuggestions
     verdict: dict[str, Any]
     paths: tuple[Path, ...]
+
+    @property
+    def localization(self) -> LocalizationTest:
+        """The test of the first stack."""
+        return next(iter(self.localizations.values()))
+
+    @property
+    def suggestion(self) -> StrataSuggestion:
+        """The strata of the first stack."""
+        return next(iter(self.suggestions.by_stack.values()))
+
+    def verdict_of(self, stack: str) -> dict[str, Any]:
+        """What ``verdict.json`` says of one stack."""
+        found: dict[str, Any] = self.verdict.get("stacks", {}).get(stack, self.verdict)
+        return found
 
     def __repr__(self) -> str:
         """The run, its verdict, and where the strata start."""
@@ -48,7 +65,7 @@ class Interpretation:
             "scores": self.results.to_pandas().to_dict("records"),
             "summaries": self.results.summaries.to_dict("records"),
             "verdict": self.verdict,
-            "strata": self.suggestion.config.to_dict(),
+            "strata": self.suggestions.config.to_dict(),
             "paths": [str(p) for p in self.paths],
         }
         return io.plain(content)
@@ -63,11 +80,41 @@ def interpret(results: ProbeResults, *, rewrite: bool = False) -> Interpretation
     """
     from analysis.report import write_report
 
-    model = results.run["model"]
     folder = results.folder
     assert folder is not None
-    curves = results.curves(adjusted_by="random-encoder")
     unstable = unstable_tasks(folder)
+    localizations, by_stack, verdicts = {}, {}, {}
+    for stack in results.stacks:
+        localizations[stack], by_stack[stack], verdicts[stack] = _of_stack(results.of_stack(stack), unstable)
+    suggestions = StackSuggestions(by_stack, merged_config(by_stack, blocks=results.run["model"].get("stacks")))
+    verdict = next(iter(verdicts.values()))
+    if len(verdicts) > 1:
+        words = " ".join(f"Stack {s}: {v['verdict']}. {v['sentence']}" for s, v in verdicts.items())
+        verdict = {**verdict, "sentence": words, "stacks": verdicts}
+    io.write_json(folder / "verdict.json", verdict)
+    suggestions.config.save(folder / "strata.yaml")
+    written = folder / "figures" / "written.json"
+    sources = _sources(results, verdict)
+    measured = ("measures.csv",) if results.measures is not None else ()
+    tables = tuple(
+        folder / name for name in ("strata.yaml", "verdict.json", "scores.csv", "summaries.csv", *measured, "run.json")
+    )
+    if not rewrite and written.exists() and io.read_json(written)["sources"] == sources:
+        paths = tuple(folder / p for p in io.read_json(written)["paths"])
+        if all(p.exists() for p in paths):
+            return Interpretation(results, localizations, suggestions, verdict, (*paths, *tables))
+    paths = write_report(results, verdict=verdict, suggestion=suggestions)
+    content = {"sources": sources, "paths": [p.relative_to(folder).as_posix() for p in paths]}
+    io.write_json(written, content)
+    return Interpretation(results, localizations, suggestions, verdict, (*paths, *tables))
+
+
+def _of_stack(
+    results: ProbeResults, unstable: dict[str, str]
+) -> tuple[LocalizationTest, StrataSuggestion, dict[str, Any]]:
+    """Test, strata and verdict of the one stack that the results are of."""
+    model = results.run["model"]
+    curves = results.curves(adjusted_by="random-encoder")
     stable = [c for c in curves if c.task not in unstable]
     readings = readings_of(results, without=unstable if stable else ())
     localization = localization_test(stable or curves, num_blocks=model["blocks"], readings=readings)
@@ -82,22 +129,7 @@ def interpret(results: ProbeResults, *, rewrite: bool = False) -> Interpretation
     left_out = {c.task: unstable[c.task] for c in curves if c.task in unstable}
     if left_out:
         verdict = _without_unstable(verdict, left_out, nothing_left=not stable)
-    io.write_json(folder / "verdict.json", verdict)
-    suggestion.config.save(folder / "strata.yaml")
-    written = folder / "figures" / "written.json"
-    sources = _sources(results, verdict)
-    measured = ("measures.csv",) if results.measures is not None else ()
-    tables = tuple(
-        folder / name for name in ("strata.yaml", "verdict.json", "scores.csv", "summaries.csv", *measured, "run.json")
-    )
-    if not rewrite and written.exists() and io.read_json(written)["sources"] == sources:
-        paths = tuple(folder / p for p in io.read_json(written)["paths"])
-        if all(p.exists() for p in paths):
-            return Interpretation(results, localization, suggestion, verdict, (*paths, *tables))
-    paths = write_report(results, verdict=verdict, suggestion=suggestion)
-    content = {"sources": sources, "paths": [p.relative_to(folder).as_posix() for p in paths]}
-    io.write_json(written, content)
-    return Interpretation(results, localization, suggestion, verdict, (*paths, *tables))
+    return localization, suggestion, verdict
 
 
 def _without_unstable(verdict: dict[str, Any], left_out: dict[str, str], *, nothing_left: bool) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from spafit.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from analysis.run_suggestion import StackSuggestions
     from analysis.strata_suggestion import StrataSuggestion
     from probing.results import ProbeResults
 
@@ -28,7 +29,7 @@ def write_report(
     results: ProbeResults,
     *,
     verdict: Mapping[str, Any] | None = None,
-    suggestion: StrataSuggestion | None = None,
+    suggestion: StrataSuggestion | StackSuggestions | None = None,
     folder: Path | None = None,
 ) -> tuple[Path, ...]:
     """Write ``report.html``, ``report.md`` and ``figures/*.png`` of a probing run.
@@ -64,7 +65,7 @@ def write_report(
     return (folder / "report.html", folder / "report.md", *paths)
 
 
-def _figures(results: ProbeResults, suggestion: StrataSuggestion | None) -> list[dict[str, Any]]:
+def _figures(results: ProbeResults, suggestion: StrataSuggestion | StackSuggestions | None) -> list[dict[str, Any]]:
     """Levels, tasks and heat map of each stack and site; the first is the picture at the top of the page."""
     from probing.displays import layer_curves, task_layer_heatmap
     from probing.tables import overview, scores_word

@@ -28,6 +28,7 @@ from probing.tables import (
 from spafit import plotting
 
 if TYPE_CHECKING:
+    from analysis.run_suggestion import StackSuggestions
     from analysis.strata_suggestion import StrataSuggestion
     from probing.results import ProbeResults
 
@@ -68,7 +69,7 @@ _STATISTICS = {
 
 
 def report_content(
-    results: ProbeResults, *, verdict: Mapping[str, Any] | None, suggestion: StrataSuggestion | None
+    results: ProbeResults, *, verdict: Mapping[str, Any] | None, suggestion: StrataSuggestion | StackSuggestions | None
 ) -> dict[str, Any]:
     """Everything that both forms of the report show, except the figures and the item browser."""
     run, rows = results.run, overview(results.scores, results.summaries)
@@ -299,7 +300,7 @@ def _verdict(verdict: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _strata(suggestion: StrataSuggestion) -> dict[str, Any]:
+def _strata(suggestion: StrataSuggestion | StackSuggestions) -> dict[str, Any]:
     config = suggestion.config
     stacks: dict[str, list[dict[str, Any]]] = {}
     for s in config.strata:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from analysis.placed_strata import AdapterType
@@ -29,7 +29,7 @@ def suggest_from_runs(
     """One suggestion per stack that was probed; runs of one stack are taken together.
 
     Args:
-        runs: of one model, each of one stack; their tasks must differ where they are of the same stack.
+        runs: of one model, each of one stack or several; their tasks must differ where they are of the same stack.
         strata: see :func:`analysis.suggest_strata`, and likewise the others.
         share: q of the holding rule.
         basic_levels: levels that place s1.
@@ -54,7 +54,8 @@ def suggest_from_runs(
             )
     by_stack: dict[str, list[ProbeResults]] = {}
     for run in runs:
-        by_stack.setdefault(str(run.run["model"]["stack"]), []).append(run)
+        for stack in run.stacks:
+            by_stack.setdefault(stack, []).append(run.of_stack(stack))
     if budget is not None and len(by_stack) > 1:
         raise UsageError(f"A budget is for one stack, and the runs are of {', '.join(by_stack)}. Give runs of one.")
     return {
@@ -66,6 +67,25 @@ def suggest_from_runs(
         )
         for stack, own in by_stack.items()
     }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StackSuggestions:
+    """Suggestions for the stacks of one model, together.
+
+    Attributes:
+        by_stack: the suggestion of each stack that was probed, by its name.
+        config: one plan for all stacks of the model (:func:`merged_config`).
+    """
+
+    by_stack: dict[str, StrataSuggestion]
+    config: StrataConfig
+
+    def explain(self) -> str:
+        """What :meth:`StrataSuggestion.explain` says of each stack, behind its name where there are several."""
+        if len(self.by_stack) == 1:
+            return next(iter(self.by_stack.values())).explain()
+        return "\n".join(f"Stack {stack}: {one.explain()}" for stack, one in self.by_stack.items())
 
 
 def merged_config(suggestions: dict[str, StrataSuggestion], *, blocks: dict[str, int] | None = None) -> StrataConfig:

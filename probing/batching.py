@@ -19,6 +19,7 @@ from probing.patches import check_kind, encode_images, patch_grid, pixel_values
 from probing.pooling import POOLINGS, Segments
 from probing.store import FORMAT_VERSION, ITEM_BYTES, Layout, Series
 from probing.tasks.base import Image, Text
+from probing.teacher_forcing import Feeding, fed_texts, feeding_of, reads_encoder
 from spafit.errors import ModelError, UsageError, did_you_mean
 from spafit.io import content_digest
 from spafit.runtime import torch_dtype
@@ -47,6 +48,8 @@ class Batch:
         inputs: ``input_ids``, ``attention_mask``, ``token_type_ids``, each of shape (texts, tokens); or
             ``pixel_values`` of shape (images, channels, height, width).
         shape: (texts, tokens), padding included.
+        fed: ``input_ids`` and ``attention_mask`` of the decoder, for a plan of a decoder that reads an encoder: what
+            the segments below speak of. None for other stacks.
         words: tokens of each usable word.
         whole: all tokens of each text, special ones included: what ``first`` and ``last`` of a sentence take.
         own: the tokens of each text without the special ones: what ``mean`` and ``max`` of a sentence take.
@@ -61,6 +64,7 @@ class Batch:
     rows: tuple[int, int]
     tokens: int
     shape: tuple[int, int]
+    fed: Mapping[str, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class ExtractionPlan:
         layout: how the states lie in files.
         sites: what is read.
         of_images: whether the texts are images.
+        feeding: how the decoder of an encoder-decoder is fed; None for other models, and where only the encoder can be
+            probed.
     """
 
     folder: Path
@@ -107,18 +113,23 @@ class ExtractionPlan:
     unique: np.ndarray = field(repr=False)
     source: Sequence[Text] = field(repr=False)
     of_images: bool
+    feeding: Feeding | None = None
+    fed: EncodedTexts | None = field(default=None, repr=False)
+
+    @property
+    def read(self) -> EncodedTexts:
+        """Tokens whose states are kept: what the stack itself reads."""
+        return self.encoded if self.fed is None or not reads_encoder(self.stack) else self.fed
 
     @cached_property
     def _words_before(self) -> np.ndarray:
         """Usable words before each text in batched order, shape (texts + 1,)."""
-        usable = np.concatenate([[0], np.cumsum(self.encoded.word_first >= 0)])
-        return usable[self.encoded.word_offsets]
+        usable = np.concatenate([[0], np.cumsum(self.read.word_first >= 0)])
+        return usable[self.read.word_offsets]
 
-    def batch(self, rows: tuple[int, int], *, device: str = "cpu") -> Batch:
-        """Tensors for the texts at ``rows`` of the batched order; ``device`` is where the segments go."""
-        import torch
-
-        encoded, (a, b) = self.encoded, rows
+    def _padded(self, encoded: EncodedTexts, rows: tuple[int, int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Padded arrays of the texts at ``rows``, each (texts, tokens), and where each real token lies when flat."""
+        a, b = rows
         lengths = encoded.lengths[a:b]
         width, n = int(lengths.max()), b - a
         at = slice(encoded.token_offsets[a], encoded.token_offsets[b])
@@ -129,8 +140,24 @@ class ExtractionPlan:
         mask, types = np.zeros(n * width, dtype=np.int64), np.zeros(n * width, dtype=np.int64)
         ids[flat], mask[flat], types[flat] = encoded.ids[at], 1, encoded.types[at]
         named = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+        return {k: v.reshape(n, width) for k, v in named.items()}, flat
 
-        inputs = {k: torch.from_numpy(v.reshape(n, width)) for k, v in named.items()}
+    def batch(self, rows: tuple[int, int], *, device: str = "cpu") -> Batch:
+        """Tensors for the texts at ``rows`` of the batched order; ``device`` is where the segments go."""
+        import torch
+
+        encoded, (a, b), n = self.read, rows, rows[1] - rows[0]
+        named, flat = self._padded(encoded, rows)
+        fed = None
+        if encoded is not self.encoded:
+            fed = {k: torch.from_numpy(named[k]) for k in ("input_ids", "attention_mask")}
+            named, _ = self._padded(self.encoded, rows)
+        lengths = encoded.lengths[a:b]
+        width = int(lengths.max())
+        at = slice(encoded.token_offsets[a], encoded.token_offsets[b])
+        text = np.repeat(np.arange(n), lengths)
+
+        inputs = {k: torch.from_numpy(v) for k, v in named.items()}
         if self.of_images:
             inputs = pixel_values(self.loaded, [self.source[i] for i in self.unique[self.order[a:b]]])
 
@@ -148,7 +175,8 @@ class ExtractionPlan:
             own=Segments.of(flat[own], np.bincount(text[own], minlength=n), device=device),
             rows=rows,
             tokens=len(flat),
-            shape=(n, width),
+            shape=next(iter(named.values())).shape,
+            fed=fed,
         )
 
     def words_in(self, rows: tuple[int, int]) -> int:
@@ -170,8 +198,13 @@ class ExtractionPlan:
         """Keyword arguments of every forward pass in order, for running the bare model over the same batches."""
         from probing.forward import Backbone
 
-        backbone = Backbone(self.loaded, self.stack)
         rows = [r for s in range(self.shards) for r in self.shard_rows(s)]
+        if self.feeding is not None and reads_encoder(self.stack):
+            encoder, batches = Backbone(self.loaded, self.feeding.encoder), [self.batch(r) for r in rows]
+            return [
+                {**encoder.inputs(b.inputs), **{f"decoder_{k}": v for k, v in (b.fed or {}).items()}} for b in batches
+            ]
+        backbone = Backbone(self.loaded, self.stack)
         return [backbone.inputs(self.batch(r).inputs) for r in rows]
 
 
@@ -206,14 +239,20 @@ def plan_extraction(
     unique, given, digest = _distinct(texts)
     chosen_texts = [texts[i] for i in unique]
     reader = loaded.tokenizer_digest, loaded.max_length
+    feeding, fed = None, None
     if of_images:
         grid = patch_grid(loaded, chosen)
         encoded = encode_images([t for t in chosen_texts if isinstance(t, Image)], grid, numbers=unique)
         reader = loaded.image_processor.digest if loaded.image_processor is not None else "", grid.tokens
     else:
-        encoded = _encode(loaded, chosen_texts, digest, numbers=unique)
-    order = np.argsort(-encoded.lengths, kind="stable")
-    encoded = encoded.take(order)
+        encoded, feeding = _encode(loaded, chosen_texts, digest, numbers=unique), _feeding(loaded, chosen)
+    lengths = encoded.lengths
+    if feeding is not None:
+        fed = fed_texts(feeding, loaded.tokenizer, chosen_texts, encoded, numbers=unique)
+        lengths = np.maximum(lengths, fed.lengths)
+    order = np.argsort(-lengths, kind="stable")
+    encoded, lengths, fed = encoded.take(order), lengths[order], None if fed is None else fed.take(order)
+    read = encoded if fed is None or not reads_encoder(chosen) else fed
 
     with_words = bool(encoded.word_offsets[-1])
     series = tuple(
@@ -228,11 +267,13 @@ def plan_extraction(
         sum(len(s.hidden) * s.width for s in series if s.unit == unit) * ITEM_BYTES[dtype]
         for unit in ("words", "sentences")
     )
-    usable = np.concatenate([[0], np.cumsum(encoded.word_first >= 0)])[encoded.word_offsets]
-    lengths, row_bytes = encoded.lengths, np.diff(usable) * per_word + per_text
-    batch_offsets = _fill_batches(lengths, row_bytes, batch_tokens)
+    usable = np.concatenate([[0], np.cumsum(read.word_first >= 0)])[read.word_offsets]
+    row_bytes = np.diff(usable) * per_word + per_text
+    # Stacks that one pass gives together fill the same batches and shards, whichever of them are asked for.
+    batched = row_bytes if feeding is None else _bytes_of_both(feeding, encoded, series, dtype)
+    batch_offsets = _fill_batches(lengths, batched, batch_tokens)
     batch_tokens_real = np.add.reduceat(lengths, batch_offsets[:-1])
-    batch_bytes = np.add.reduceat(row_bytes, batch_offsets[:-1])
+    batch_bytes = np.add.reduceat(batched, batch_offsets[:-1])
     shard_batches = _fill_shards(batch_tokens_real, batch_bytes)
     text_edges = batch_offsets[shard_batches]
 
@@ -247,6 +288,7 @@ def plan_extraction(
             dtype,
             batch_tokens,
             digest,
+            *(() if feeding is None else ("teacher forcing", feeding.start, feeding.window)),
         )
     )
     layout = Layout(
@@ -259,13 +301,13 @@ def plan_extraction(
     return ExtractionPlan(
         folder=layout.folder,
         texts=len(unique),
-        tokens=int(lengths.sum()),
+        tokens=int(read.lengths.sum()),
         padded_tokens=int((lengths[batch_offsets[:-1]] * np.diff(batch_offsets)).sum()),
         batches=len(batch_offsets) - 1,
         shards=len(shard_batches) - 1,
-        truncated=int(encoded.truncated.sum()),
-        words=len(encoded.word_first),
-        words_dropped=int((encoded.word_first < 0).sum()),
+        truncated=int(read.truncated.sum()),
+        words=len(read.word_first),
+        words_dropped=int((read.word_first < 0).sum()),
         bytes_on_disk=int(row_bytes.sum()),
         batch_tokens=batch_tokens,
         loaded=loaded,
@@ -280,7 +322,26 @@ def plan_extraction(
         unique=unique,
         source=texts,
         of_images=of_images,
+        feeding=feeding,
+        fed=fed,
     )
+
+
+def _feeding(loaded: LoadedModel, stack: Stack) -> Feeding | None:
+    """How the model's decoder is fed; a decoder that cannot be fed matters only where it is asked for."""
+    try:
+        return feeding_of(loaded)
+    except ModelError:
+        if reads_encoder(stack):
+            raise
+        return None
+
+
+def _bytes_of_both(feeding: Feeding, encoded: EncodedTexts, series: Sequence[Series], dtype: str) -> np.ndarray:
+    """Bytes that both stacks' states of each text take, told alike by the series of either."""
+    states = sum((s.num_blocks + 1) * s.width for s in (feeding.encoder, feeding.decoder)) * ITEM_BYTES[dtype]
+    words = sum(1 for s in series if s.unit == "words") * np.diff(encoded.word_offsets)
+    return states * (words + sum(1 for s in series if s.unit == "sentences"))
 
 
 def _check_options(
@@ -370,8 +431,8 @@ def word_rows(plan: ExtractionPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     place = np.empty(len(plan.order), dtype=np.int64)
     place[plan.order] = np.arange(len(plan.order))
     texts = place[plan.given]
-    usable = plan.encoded.word_first >= 0
+    usable = plan.read.word_first >= 0
     row = np.where(usable, np.cumsum(usable) - 1, -1)
-    words = row[ragged(plan.encoded.word_offsets, texts)]
-    counts = np.diff(plan.encoded.word_offsets)[texts]
-    return words, texts, np.concatenate([[0], np.cumsum(counts)]), plan.encoded.truncated[texts]
+    words = row[ragged(plan.read.word_offsets, texts)]
+    counts = np.diff(plan.read.word_offsets)[texts]
+    return words, texts, np.concatenate([[0], np.cumsum(counts)]), plan.read.truncated[texts]

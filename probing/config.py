@@ -29,12 +29,15 @@ class ProbeConfig:
         model: reference of the model (hub id, folder, GGUF file, adapter folder); None is the built-in default.
         revision: branch, tag or commit of a hub model.
         tasks: task references; ``core`` is the generated suite.
-        layers: hidden indices to probe, such as ``0-6`` or ``0,3,6``; ``all`` by default.
+        layers: hidden indices to probe, such as ``0-6`` or ``0,3,6``; ``all`` by default. Of several stacks each may
+            have its own: ``encoder:0-6,decoder:0,3,6``.
         sites: where states are read: ``block`` output, ``attention``, ``feed_forward``, ``heads``, ``final_norm``.
         stack: which stack (``encoder``, ``decoder``, ``text``, ``vision``), or the dotted path of the list of blocks
-            in a model that is not recognised; None takes the first.
+            in a model that is not recognised; None takes the first. Several by commas (``encoder,decoder``) are probed
+            in one run, from one forward pass.
         pooling: how tokens become one state, for words (over sub-words) and sentences (over tokens): ``mean``, ``max``,
-            ``first`` ([CLS] where there is one) or ``last``.
+            ``first`` ([CLS] where there is one) or ``last``. ``word-final`` is another name of ``last``: in a causal
+            stack it is the sub-word that has read the whole word.
         probe: probe families, such as ``linear`` and ``mlp:64`` (:mod:`probing.probes.families`). Verdict and strata
             speak of the first.
         controls: ``word-type`` control task, ``random-encoder`` and others of :data:`probing.controls.ALL_CONTROLS`,
@@ -82,10 +85,11 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "probe", tuple(f.name for text in self.probe for f in parse_probes(text)))
+        object.__setattr__(self, "pooling", tuple("last" if p == "word-final" else p for p in self.pooling))
         _one_of("controls", [c for c in self.controls if not is_column(c)], (*ALL_CONTROLS, "column:NAME"))
         _one_of("measures", self.measures, MEASURES)
         _one_of("sites", self.sites, SITES)
-        _one_of("pooling", self.pooling, POOLINGS)
+        _one_of("pooling", self.pooling, (*POOLINGS, "word-final"))
         _one_of("dtype", (self.dtype,), DTYPES)
         _one_of("overwrite", (self.overwrite,), ("missing", "always", "never"))
         for name, least in (("max_train", 10), ("limit", 10), ("n_boot", 100), ("batch_tokens", 1)):
@@ -102,9 +106,9 @@ class ProbeConfig:
             check_penalties(self.l2)
         _parse_layers(self.layers, None)
 
-    def hidden(self, num_hidden: int) -> list[int]:
-        """Hidden indices that ``layers`` selects in a stack with ``num_hidden`` states (blocks + 1)."""
-        return _parse_layers(self.layers, num_hidden)
+    def hidden(self, num_hidden: int, *, stack: str | None = None) -> list[int]:
+        """Hidden indices that ``layers`` selects in a stack with ``num_hidden`` states (blocks + 1), by its name."""
+        return _parse_layers(self.layers, num_hidden, stack=stack)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain content for YAML and JSON; tuples become lists."""
@@ -201,18 +205,26 @@ def _one_of(name: str, values: Sequence[str], allowed: Sequence[str]) -> None:
             raise UsageError(f"--{name} {value!r} is not known; use {', '.join(allowed)}.{hint}")
 
 
-def _parse_layers(text: str, num_hidden: int | None) -> list[int]:
+def _parse_layers(text: str, num_hidden: int | None, *, stack: str | None = None) -> list[int]:
     if text == "all":
         return list(range(num_hidden or 0))
     chosen: set[int] = set()
+    of = None  # the stack that pieces speak of: the last one named
     for piece in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", piece)
+        match = re.fullmatch(r"\s*(?:(\w+):)?(\d+)(?:-(\d+))?\s*", piece)
         if match is None:
-            raise UsageError(f"--layers {text!r} is not understood; use hidden indices such as 0-6 or 0,3,6, or 'all'.")
-        start, stop = int(match[1]), int(match[2] or match[1])
+            raise UsageError(
+                f"--layers {text!r} is not understood; use hidden indices such as 0-6 or 0,3,6, or 'all'; of several "
+                "stacks, encoder:0-6,decoder:0-3."
+            )
+        of = match[1] or of
+        start, stop = int(match[2]), int(match[3] or match[2])
         if stop < start:
             raise UsageError(f"--layers {piece.strip()!r} runs backwards; write {stop}-{start}.")
-        chosen |= set(range(start, stop + 1))
+        if num_hidden is None or of in (None, stack):
+            chosen |= set(range(start, stop + 1))
+    if not chosen:
+        raise UsageError(f"--layers {text!r} names no hidden state of stack {stack!r}, which is probed.")
     if num_hidden is not None and max(chosen) >= num_hidden:
         raise UsageError(
             f"--layers {text!r} asks for hidden {max(chosen)}, but the model has hidden 0 to {num_hidden - 1} "

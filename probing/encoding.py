@@ -14,8 +14,8 @@ from spafit.runtime import Progress
 if TYPE_CHECKING:
     from probing.store import ActivationStore
 
-#: States by encoder (``none``: the model itself; else the control that it is), seed and corpus.
-Stores = dict[tuple[str, int | None, str], "ActivationStore"]
+#: States by encoder (``none``: the model itself; else the control that it is), seed, corpus and stack.
+Stores = dict[tuple[str, int | None, str, str], "ActivationStore"]
 
 
 def extract_states(
@@ -28,11 +28,11 @@ def extract_states(
     tokens += (plan.encoders - 1) * sum(plan.extractions[c].tokens for c in {t.corpus.name for t in todo})
     count = plan.encoders if todo else 1
     with Progress(f"Encoding with {count} encoder(s)", tokens, quiet=quiet) as progress:
-        for control, seed, corpus, store, spent in encoders(plan, todo, shard=None, progress=progress.advance):
-            stores[control, seed, corpus] = store
+        for control, seed, corpus, found, spent in encoders(plan, todo, shard=None, progress=progress.advance):
+            stores.update({(control, seed, corpus, stack): store for stack, store in found.items()})
             name = "encode" if seed is None else f"encode ({control.replace('-', ' ')})"
             seconds[name] = seconds.get(name, 0.0) + spent
-            notes += [n for n in store.notes if n not in notes]
+            notes += [n for store in found.values() for n in store.notes if n not in notes]
     return stores
 
 
@@ -53,9 +53,12 @@ def extract_shard(plan: ProbePlan, shard: tuple[int, int], *, quiet: bool = Fals
 
 def encoders(
     plan: ProbePlan, todo: Sequence[Task], *, shard: tuple[int, int] | None, progress: Callable[[float], None]
-) -> Iterator[tuple[str, int | None, str, ActivationStore, float]]:
-    """Extract every corpus with the model (``none``) and with each seed's encoder of each control that is one."""
-    from probing.extraction import extract
+) -> Iterator[tuple[str, int | None, str, dict[str, ActivationStore], float]]:
+    """Extract every corpus with the model (``none``) and with each seed's encoder of each control that is one.
+
+    Stores are given by the stack's name.
+    """
+    from probing.extraction import extract_stacks
     from probing.permuted import permuted_texts
     from spafit.models import randomize_weights
 
@@ -71,14 +74,16 @@ def encoders(
             encoder = randomize_weights(plan.loaded, seed, how="permute")
         for corpus in sorted(corpora_of(plan, todo) if seed is None else {t.corpus.name for t in todo}):
             texts = plan.needed[corpus].texts
-            store = extract(
+            options = extraction_options(plan.config, plan.tasks, corpus)
+            stores = extract_stacks(
                 encoder,
                 permuted_texts(texts, seed) if control == "permuted-order" and seed is not None else texts,
-                **extraction_options(plan.config, plan.tasks, corpus),
+                stacks=options.pop("stack"),
+                **options,
                 device=plan.device,
                 cache_dir=None if plan.config.cache_dir is None else Path(plan.config.cache_dir),
                 shard=shard,
                 progress=progress,
             )
-            yield control, seed, corpus, store, time.time() - begun
+            yield control, seed, corpus, stores, time.time() - begun
             begun = time.time()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from probing.batching import Batch
     from spafit.models import LoadedModel
     from spafit.stacks import Stack
 
@@ -51,17 +52,24 @@ def pick_stack(loaded: LoadedModel, name: str | None) -> Stack:
                 f"{loaded.name} has no stack {name!r}, only {', '.join(names)}.{did_you_mean(name, names)}"
             )
         stack = named[0]
-    if stack.cross_branch is not None:
-        raise ModelError(
-            f"Stack {stack.name!r} of {loaded.name} is a decoder that also reads an encoder's output; extraction from "
-            "such stacks is not yet supported. Probe the encoder (stack='encoder') instead."
-        )
     return stack
+
+
+def pick_stacks(loaded: LoadedModel, names: str | None) -> tuple[Stack, ...]:
+    """The stacks named, by commas, in the order given; the first where none is named. See :func:`pick_stack`."""
+    if names is None:
+        return (pick_stack(loaded, None),)
+    found = tuple(pick_stack(loaded, name.strip()) for name in names.split(","))
+    if len({s.path for s in found}) < len(found):
+        raise UsageError(f"--stack {names!r} names one stack twice; name each once.")
+    if len({takes_images(loaded, s) for s in found}) > 1:
+        raise UsageError(f"--stack {names!r} names stacks of texts and of images, which need runs of their own.")
+    return found
 
 
 def takes_images(loaded: LoadedModel, stack: Stack) -> bool:
     """Whether a stack reads pixel values rather than token ids."""
-    return _backbone_path(loaded.model, stack)[1] == "pixel_values"
+    return backbone_path(loaded.model, stack)[1] == "pixel_values"
 
 
 def site_states(loaded: LoadedModel, stack: Stack, sites: Sequence[str]) -> tuple[SiteStates, ...]:
@@ -107,7 +115,7 @@ class Backbone:
 
     def __init__(self, loaded: LoadedModel, stack: Stack, *, dtype: str = "float32", device: str = "cpu"):
         self.stack, self.device, self.name = stack, device, loaded.name
-        self.path, _ = _backbone_path(loaded.model, stack)
+        self.path, _ = backbone_path(loaded.model, stack)
         self.module = _converted(loaded.model.get_submodule(self.path), dtype, device)
         self.dtype = torch_dtype(dtype)
         parameters = inspect.signature(self.module.forward).parameters
@@ -130,11 +138,12 @@ class Backbone:
         return wanted
 
     @contextmanager
-    def reading(self, sites: Sequence[SiteStates], receive: Receiver) -> Iterator[Callable[..., None]]:
+    def reading(self, sites: Sequence[SiteStates], receive: Receiver) -> Iterator[Callable[..., torch.Tensor]]:
         """Within the block, the callable yielded runs one batch and hands every state to ``receive`` as it appears.
 
-        It takes the backbone's inputs and the (texts, tokens) of their states, by default those of the token ids.
-        The model is in eval mode without gradients while a batch runs; its modes and hooks are put back on exit.
+        It takes the backbone's inputs and the (texts, tokens) of their states, by default those of the token ids, and
+        returns the first of the backbone's outputs: the states after its last block and norm. The model is in eval mode
+        without gradients while a batch runs; its modes and hooks are put back on exit.
         """
         import torch
 
@@ -157,7 +166,7 @@ class Backbone:
             seen.add((site, hidden))
             receive(site, hidden, states)
 
-        def forward(batch: Mapping[str, torch.Tensor], tokens: tuple[int, int] | None = None) -> None:
+        def forward(batch: Mapping[str, torch.Tensor], tokens: tuple[int, int] | None = None) -> torch.Tensor:
             seen.clear()
             for counter in counters:
                 counter[0] = 0
@@ -166,7 +175,7 @@ class Backbone:
             running[0] = True
             try:
                 with torch.no_grad():
-                    self.module(**self.inputs(batch))
+                    output = self.module(**self.inputs(batch))
             finally:
                 running[0] = False
             missing = [(s.site, h) for s in sites for h in s.hidden if (s.site, h) not in seen]
@@ -175,6 +184,7 @@ class Backbone:
                     f"{self.name} never ran the module of site {missing[0][0]!r}, hidden state {missing[0][1]}. "
                     "Leave that site out, or name another stack."
                 )
+            return output if isinstance(output, torch.Tensor) else output[0]
 
         with ExitStack() as undo:
             modes = {m: m.training for m in self.module.modules()}
@@ -225,6 +235,77 @@ class Backbone:
         return self.module.get_submodule(path[len(self.path) :].lstrip(".") if self.path else path)
 
 
+class Passes:
+    """One forward pass that gives the states of one or several stacks: of a decoder, after its encoder's.
+
+    Args:
+        loaded: the model.
+        stacks: the stacks that are read; stacks of different towers run one after another.
+        encoder: the stack that a decoder among ``stacks`` reads.
+        dtype: precision.
+        device: torch device.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        stacks: Sequence[Stack],
+        *,
+        encoder: Stack | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+    ):
+        feeds = encoder is not None and any(s.cross_branch is not None for s in stacks)
+        run = [*([encoder] if feeds and encoder is not None else []), *stacks]
+        ordered = sorted({s.path: s for s in run}.values(), key=lambda s: s.cross_branch is not None)
+        self.backbones = {s.path: Backbone(loaded, s, dtype=dtype, device=device) for s in ordered}
+        self.encoder = encoder.path if feeds and encoder is not None else None
+        bridge = getattr(loaded.model, "enc_to_dec_proj", None) if feeds else None
+        self.bridge = None if bridge is None else _converted(bridge, dtype, device)
+
+    @contextmanager
+    def reading(
+        self, readers: Mapping[str, tuple[Sequence[SiteStates], Receiver]]
+    ) -> Iterator[Callable[[Batch, Sequence[str]], None]]:
+        """Within the block, the callable yielded runs one batch through the named stacks; see :meth:`Backbone.reading`.
+
+        Args:
+            readers: by the stack's path, the sites that are read and who receives their states.
+        """
+        with ExitStack() as undo:
+            runs = {
+                path: undo.enter_context(backbone.reading(*readers.get(path, ((), _nobody))))
+                for path, backbone in self.backbones.items()
+            }
+
+            def forward(batch: Batch, wanted: Sequence[str]) -> None:
+                states: torch.Tensor | None = None
+                crossed = any(self.backbones[p].stack.cross_branch is not None for p in wanted)
+                for path, run in runs.items():
+                    if self.backbones[path].stack.cross_branch is not None:
+                        if path in wanted:
+                            run(self._decoder_inputs(batch, states))
+                    elif path in wanted or (crossed and path == self.encoder):
+                        output = run(batch.inputs, batch.shape)
+                        states = output if path == self.encoder else states
+
+            yield forward
+
+    def _decoder_inputs(self, batch: Batch, states: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        import torch
+
+        assert states is not None
+        assert batch.fed is not None
+        with torch.no_grad():
+            read = states if self.bridge is None else self.bridge(states)
+        mask = batch.inputs["attention_mask"]
+        return {**batch.fed, "encoder_hidden_states": read, "encoder_attention_mask": mask}
+
+
+def _nobody(site: str, hidden: int, states: torch.Tensor) -> None:
+    """Receiver of an encoder that runs only to be read by its decoder."""
+
+
 def _by_module(paths: Sequence[str]) -> list[tuple[str, list[int]]]:
     """Each distinct path with the hidden indices (block + 1) that its calls compute, in running order."""
     found: dict[str, list[int]] = {}
@@ -241,7 +322,7 @@ def _first_output(output: Any) -> Any:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def _backbone_path(model: nn.Module, stack: Stack) -> tuple[str, str]:
+def backbone_path(model: nn.Module, stack: Stack) -> tuple[str, str]:
     """Path of the innermost module around the stack (and its final norm) that takes an input, and the input's name."""
     names = ("pixel_values", "input_ids") if stack.name.startswith("vision") else ("input_ids", "pixel_values")
     place = parent_of(stack.path)

@@ -50,8 +50,8 @@ def write_part(
         scores: rows as :func:`probing.scoring.score_table` gives them.
         summaries: rows as :func:`probing.results.summary_table` gives them.
         items: rows as :func:`probing.scoring.item_table` gives them; None where there are none.
-        weights: fitted probes, ``<site>/<pooling>/<probe>/<control>/<seed>/<hidden>/<part>``, parts as in
-            :class:`probing.probes.fitted.FittedProbe`; None where no probes are kept.
+        weights: fitted probes, ``<site>/<pooling>/<probe>/<control>/<seed>/<hidden>/<part>`` (behind ``<stack>/`` in a
+            run of several stacks), parts as in :class:`probing.probes.fitted.FittedProbe`; None where none are kept.
         notes: what was left out or cut.
     """
     from safetensors.numpy import save_file

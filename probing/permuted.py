@@ -18,24 +18,30 @@ def permuted_texts(texts: Sequence[Text], seed: int) -> tuple[Text, ...]:
 
     Words are what stands between white space, so that punctuation stays where it is attached. Spans move with their
     words and keep their place in ``spans``. Words that one span covers move together, so a text that a single span
-    covers stays as it is. Both segments of a pair are permuted, each alone.
+    covers stays as it is. Both segments of a pair, and a target, are permuted, each alone.
     """
     return tuple(_permuted(text, seed) for text in texts)
 
 
 def _permuted(text: Text, seed: int) -> Text:
     pieces = _pieces(text.string, text.spans)
-    digest = content_digest((text.string, text.spans, text.second))
+    digest = content_digest(text.content)
     string, starts = _joined(text.string, pieces, generator(seed, "word order", digest))
     spans = []
     for start, stop in text.spans:
         piece = next(i for i, (a, b) in enumerate(pieces) if a <= start < b)
         shift = starts[piece] - pieces[piece][0]
         spans.append((start + shift, stop + shift))
-    second = text.second
-    if second is not None:
-        second, _ = _joined(second, _pieces(second, ()), generator(seed, "word order", digest, "second"))
-    return replace(text, string=string, spans=tuple(spans), second=second)
+
+    def alone(other: str | None, name: str) -> str | None:
+        if other is None:
+            return None
+        return _joined(other, _pieces(other, ()), generator(seed, "word order", digest, name))[0]
+
+    return replace(
+        text, string=string, spans=tuple(spans), second=alone(text.second, "second"),
+        target=alone(text.target, "target"),
+    )  # fmt: skip
 
 
 def _pieces(string: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -47,10 +47,11 @@ class ProbePlan:
         out: output folder.
         tasks: tasks to probe.
         failed: references or tasks that cannot be probed, with the sentence that says why.
-        hidden: hidden indices that are probed.
         done: names of tasks whose results are already in the folder.
         measuring: (task, measure) pairs that are asked for and not in the folder.
-        extractions: batches, tokens and bytes of each corpus, by corpus name.
+        stored_bytes: size of one encoder's pooled states, of all stacks.
+        extractions: batches, tokens and bytes of each corpus, by corpus name; of the first stack, whose batches are
+            those of all.
         needed: the texts of each corpus that are encoded.
         settings: what determines the probes' numbers.
         seconds: time spent planning, by phase.
@@ -62,20 +63,46 @@ class ProbePlan:
     out: Path
     tasks: tuple[Task, ...]
     failed: Mapping[str, str]
-    hidden: tuple[int, ...]
     done: frozenset[str]
     extractions: Mapping[str, ExtractionPlan]
     needed: Mapping[str, NeededTexts]
     settings: ProbeSettings
     seconds: dict[str, float] = field(default_factory=dict)
     measuring: tuple[tuple[str, str], ...] = ()
+    stored_bytes: int = 0
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stacks that are probed: those named in the options, or the first."""
+        from probing.forward import pick_stacks
+
+        return pick_stacks(self.loaded, self.config.stack)
 
     @property
     def stack(self) -> Stack:
-        """The stack that is probed: the one named in the options, or the first."""
-        from probing.forward import pick_stack
+        """The first stack that is probed."""
+        return self.stacks[0]
 
-        return pick_stack(self.loaded, self.config.stack)
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """Hidden indices of the first stack that are probed."""
+        return self.hidden_of(self.stack)
+
+    def hidden_of(self, stack: Stack) -> tuple[int, ...]:
+        """Hidden indices of one stack that are probed."""
+        return tuple(self.config.hidden(stack.num_blocks + 1, stack=stack.name))
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know of the stacks: what a decoder was fed, and what a causal one cannot know."""
+        from probing.teacher_forcing import causal_words, feeding_of, reads_encoder
+
+        found = []
+        for stack in self.stacks:
+            feeding = feeding_of(self.loaded) if reads_encoder(stack) else None
+            found += [feeding.words] if feeding is not None else []
+            found += [causal_words(stack)] if stack.causal else []
+        return found
 
     def task_key(self, task: Task) -> str:
         """Digest of everything that the task's numbers depend on."""
@@ -86,12 +113,16 @@ class ProbePlan:
             model.adapter_digest,
             model.tokenizer_digest,
             model.max_length,
-            self.stack.path,
+            *(s.path for s in self.stacks),
             *data,
         )
         if task.corpus.of_images and model.image_processor is not None:
             model_parts = (*model_parts, model.image_processor.digest)
-        settings = (config.sites, config.pooling, self.hidden, self.settings, config.dtype, config.batch_tokens)
+        hidden = tuple(self.hidden_of(s) for s in self.stacks)
+        settings = (
+            config.sites, config.pooling, hidden[0] if len(hidden) == 1 else hidden, self.settings, config.dtype,
+            config.batch_tokens,
+        )  # fmt: skip
         return io.content_digest(
             (NUMBERS_VERSION, io.SCHEMA_VERSION, task.digest, task.level, *model_parts, *settings, self.device)
         )
@@ -118,19 +149,19 @@ class ProbePlan:
     @property
     def bytes_on_disk(self) -> int:
         """Size of the pooled states that the cache will hold."""
-        return self.encoders * sum(p.bytes_on_disk for p in self.extractions.values())
+        return self.encoders * self.stored_bytes
 
     def describe(self) -> str:
         """The plan in a few lines: model, device, blocks, tasks, texts, estimate of time and disk."""
-        stack = self.stack
         todo = [t for t in self.tasks if t.name not in self.done]
         tokens = sum(p.tokens for p in self.extractions.values())
         truncated = sum(p.truncated for p in self.extractions.values())
         what = "images" if all(p.of_images for p in self.extractions.values()) else "texts"
         lines = [
-            f"model      {self.loaded.name}  ({stack.num_blocks} blocks × {stack.width}, {stack.name})",
+            f"model      {self.loaded.name}  "
+            f"({'; '.join(f'{s.num_blocks} blocks × {s.width}, {s.name}' for s in self.stacks)})",
             f"device     {self.device}, {self.config.dtype}",
-            f"hidden     {self.config.layers if self.config.layers != 'all' else f'0–{stack.num_blocks}'} "
+            f"hidden     {self._hidden_words()} "
             f"(0 = embeddings), pooling {', '.join(self.config.pooling)}, site {', '.join(self.config.sites)}, "
             f"probe {', '.join(self.config.probe)}",
             f"tasks      {len(self.tasks)}: {', '.join(t.name for t in self.tasks)}",
@@ -147,6 +178,14 @@ class ProbePlan:
             )
         lines += [f"left out   {name}: {why}" for name, why in self.failed.items()]
         return "\n".join(lines)
+
+    def _hidden_words(self) -> str:
+        if self.config.layers != "all":
+            return self.config.layers
+        every = [f"0–{s.num_blocks}" for s in self.stacks]
+        if len(set(every)) == 1:
+            return every[0]
+        return ", ".join(f"{s.name} {words}" for s, words in zip(self.stacks, every, strict=True))
 
     def estimate_seconds(self) -> float:
         """Rough time still to spend: two timed batches scaled to all tokens, plus a rate for the probes' products."""
@@ -166,7 +205,8 @@ class ProbePlan:
             for p in self.settings.probe
             if suits(parse_probe(p), t)
         )
-        fits = len(self.hidden) * len(self.config.seeds) * (1 + len(self.encoder_controls))
+        hidden = sum(len(self.hidden_of(s)) for s in self.stacks)
+        fits = hidden * len(self.config.seeds) * (1 + len(self.encoder_controls))
         return self.encoders * tokens * per_token * 1.15 + fits * products / 2e10 + measures + 5.0
 
     def _estimate_measures(self) -> float:
@@ -200,7 +240,7 @@ def plan_probing(
         OutputError: the output folder holds a run with other options, whose results would be replaced.
     """
     from probing.extraction import plan_extraction
-    from probing.forward import pick_stack
+    from probing.forward import pick_stacks
     from spafit.models import LoadedModel, load_model
 
     seconds: dict[str, float] = {}
@@ -233,14 +273,17 @@ def plan_probing(
                 revision=config.revision,
                 offline=config.offline,
                 allow_pickle=config.allow_pickle,
-                stack=None if config.stack in (None, *STACK_NAMES) else config.stack,
+                stack=_path_of(config.stack),
             )
         )
     out = Path(config.out) if config.out is not None else Path("runs") / loaded.name
     if config.out is None:
         _check_writable(out, config.overwrite)
     check_same_run(out, config, tasks, loaded=loaded)
-    check_families(width=pick_stack(loaded, config.stack).width)
+    stacks = pick_stacks(loaded, config.stack)
+    for stack in stacks:
+        check_families(width=stack.width)
+        config.hidden(stack.num_blocks + 1, stack=stack.name)
     settings = ProbeSettings(
         seeds=config.seeds,
         max_train=config.max_train,
@@ -251,14 +294,16 @@ def plan_probing(
     )
     with timed(seconds, "plan"):
         needed = needed_texts(tasks, settings)
-        hidden = tuple(config.hidden(pick_stack(loaded, config.stack).num_blocks + 1))
-        extractions = {
-            name: plan_extraction(loaded, texts.texts, **extraction_options(config, tasks, name))
-            for name, texts in needed.items()
-        }
+        extractions, stored = {}, 0
+        for name, texts in needed.items():
+            options = extraction_options(config, tasks, name)
+            found = [plan_extraction(loaded, texts.texts, **{**options, "stack": s.path}) for s in stacks]
+            extractions[name] = found[0]
+            stored += sum(p.bytes_on_disk for p in found)
     plan = ProbePlan(
-        config, loaded, device, out, tuple(tasks), failed, hidden, frozenset(), extractions, needed, settings, seconds
-    )
+        config, loaded, device, out, tuple(tasks), failed, frozenset(), extractions, needed, settings, seconds,
+        stored_bytes=stored,
+    )  # fmt: skip
     if config.overwrite != "always":
         done = {t.name for t in tasks if is_finished(out, t.name, plan.task_key(t))}
         plan = replace(plan, done=frozenset(done))
@@ -267,6 +312,13 @@ def plan_probing(
         if config.overwrite == "always" or not is_finished(out, measure_part(t.name, m), plan.measure_key(t, m))
     )  # fmt: skip
     return replace(plan, measuring=measuring)
+
+
+def _path_of(names: str | None) -> str | None:
+    """The dotted path of a list of blocks, if that is what ``--stack`` gives rather than names of recognised stacks."""
+    if names is None or "," in names or names in STACK_NAMES:
+        return None
+    return names
 
 
 def _read_tasks(
@@ -310,7 +362,7 @@ def _limited(task: Task, limit: int) -> Task:
 
 
 def extraction_options(config: ProbeConfig, tasks: Sequence[Task], corpus: str) -> dict[str, Any]:
-    """What extraction and its plan must agree on for one corpus."""
+    """What extraction and its plan must agree on for one corpus; ``stack`` may name several."""
     units = {t.unit in SPAN_UNITS for t in tasks if t.corpus.name == corpus}
     options: dict[str, Any] = {
         "sites": config.sites,

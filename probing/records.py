@@ -9,7 +9,7 @@ from probing.tasks.base import Task
 
 
 def model_facts(plan: ProbePlan) -> dict[str, Any]:
-    """Name, digests and shape of the model that a plan probes."""
+    """Name, digests and shape of the model that a plan probes; ``probed`` says the shape of every probed stack."""
     loaded, stack = plan.loaded, plan.stack
     return {
         "name": loaded.name,
@@ -25,6 +25,16 @@ def model_facts(plan: ProbePlan) -> dict[str, Any]:
         "has_biases": stack.has_biases,
         "causal": stack.causal,
         "stacks": {s.name: s.num_blocks for s in loaded.stacks},
+        "probed": {
+            s.name: {
+                "blocks": s.num_blocks,
+                "width": s.width,
+                "bias_roles": list(s.bias_roles),
+                "causal": s.causal,
+                "cross_attention": s.cross_branch is not None,
+            }
+            for s in plan.stacks
+        },
         "parameters": sum(p.numel() for p in loaded.model.parameters()),
         "notes": list(loaded.notes),
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probing.batching import plan_extraction, word_rows
-from probing.extraction import shard_runner
+from probing.shard_runs import shard_runner
 from probing.shared_prefix import Bottom, Top, attached
 from probing.tasks.base import Task, Text
 

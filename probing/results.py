@@ -36,6 +36,7 @@ class ProbeResults:
         item_tables: items of results that were never written, by task.
         measures: rows of the measures that were asked for (:mod:`probing.measures`), columns as ``scores``; ``probe``
             names the measure. None without any.
+        only: stack that the items are restricted to (:meth:`of_stack`); None is all.
     """
 
     run: dict[str, Any]
@@ -44,6 +45,7 @@ class ProbeResults:
     folder: Path | None = None
     item_tables: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)
     measures: pd.DataFrame | None = field(default=None, repr=False)
+    only: str | None = None
 
     def __repr__(self) -> str:
         """Folder, tasks and status; the tables are in the attributes."""
@@ -104,12 +106,18 @@ class ProbeResults:
         if measure not in self._measured(task):
             raise UsageError(f"There are no items of {measure!r} for task {task!r}. Run it with --measures {measure}.")
         assert self.folder is not None
-        return io.read_table(self.folder / "items" / f"{task}.{measure}")
+        items = io.read_table(self.folder / "items" / f"{task}.{measure}")
+        return items if self.only is None else _only(items, self.only)
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks that have scores, in the order of the run."""
         return tuple(dict.fromkeys(self.scores["task"]))
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """Names of the stacks that were probed, in the order of the run."""
+        return tuple(dict.fromkeys(self.scores["stack"].astype(str)))
 
     @property
     def tasks_with_bits(self) -> tuple[str, ...]:
@@ -123,7 +131,27 @@ class ProbeResults:
         if task not in self.tasks:
             raise UsageError(f"No task {task!r} in these results.{did_you_mean(task, self.tasks)}")
         assert self.folder is not None
-        return io.read_table(self.folder / "items" / task)
+        items = io.read_table(self.folder / "items" / task)
+        return items if self.only is None else _only(items, self.only)
+
+    def of_stack(self, stack: str) -> ProbeResults:
+        """The results of one stack alone, as if it alone had been probed; the files stay those of the whole run.
+
+        Raises:
+            UsageError: that stack was not probed.
+        """
+        if stack not in self.stacks:
+            raise UsageError(f"No stack {stack!r} in these results.{did_you_mean(stack, self.stacks)}")
+        if self.stacks == (stack,):
+            return self
+        model = self.run["model"]
+        own = {k: v for k, v in model["probed"][stack].items() if k in model}
+        tables = {t: items[items["stack"] == stack] for t, items in self.item_tables.items()}
+        return replace(
+            self, run={**self.run, "model": {**model, **own, "stack": stack}},
+            scores=_only(self.scores, stack), summaries=_only(self.summaries, stack), item_tables=tables,
+            measures=None if self.measures is None else _only(self.measures, stack), only=stack,
+        )  # fmt: skip
 
     def primary_split(self, task: str) -> str:
         """The test split that summaries and the verdict use: ``test``, or ``seen`` where word types are split."""
@@ -205,11 +233,14 @@ class ProbeResults:
         tasks: Sequence[str] | None = None,
         *,
         adjusted_by: str | None = "random-encoder",
+        stack: str | None = None,
         site: str | None = None,
         pooling: str | None = None,
         n_boot: int = 1000,
     ) -> list[LayerCurve]:
         """:meth:`curve` of every task (or those named), at the block site if the run has it, else at its first site.
+
+        Of the stack named, or the first of :attr:`stacks`.
 
         Tasks of trees have no bits. They are left out beside others, and given in UUAS where named or alone.
         """
@@ -218,8 +249,8 @@ class ProbeResults:
         bits = self.tasks_with_bits
         return [
             self.curve(
-                t, adjusted_by=adjusted_by, metric="bits" if t in bits else "uuas", site=site, pooling=pooling,
-                n_boot=n_boot,
+                t, adjusted_by=adjusted_by, metric="bits" if t in bits else "uuas", stack=stack, site=site,
+                pooling=pooling, n_boot=n_boot,
             )
             for t in tasks or bits or self.tasks
         ]  # fmt: skip
@@ -292,6 +323,10 @@ def summary_table(results: ProbeResults, task: str, *, n_boot: int = 1000) -> pd
                 for row in summarize_curve(curve)
             ]
     return pd.DataFrame(rows)
+
+
+def _only(table: pd.DataFrame, stack: str) -> pd.DataFrame:
+    return table[table["stack"] == stack].reset_index(drop=True)
 
 
 def _values(items: pd.DataFrame, control: str, metric: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from spafit.runtime import Progress, provenance
 
 if TYPE_CHECKING:
     from probing.store import ActivationStore
+    from spafit.stacks import Stack
 
 
 def probe_layers(
@@ -132,7 +134,7 @@ def run_plan(plan: ProbePlan, *, command: str | None = None, quiet: bool = False
         **{name: {"status": "failed", "error": why} for name, why in plan.failed.items()},
         **{t.name: {**task_facts(t), "status": "done" if t.name in plan.done else "waiting"} for t in plan.tasks},
     }
-    notes: list[str] = list(plan.loaded.notes)
+    notes: list[str] = [*plan.loaded.notes, *plan.notes]
     run: dict[str, Any] = {
         "schema_version": io.SCHEMA_VERSION,
         "command": command or "probing.probe_layers",
@@ -205,7 +207,9 @@ def _fit(
     *,
     quiet: bool,
 ) -> None:
-    per_family = len(plan.hidden) * len(plan.config.seeds) * (1 + len(plan.encoder_controls))
+    per_family = (
+        sum(len(plan.hidden_of(s)) for s in plan.stacks) * len(plan.config.seeds) * (1 + len(plan.encoder_controls))
+    )
     per_family *= len(plan.config.pooling) * len(plan.config.sites)
     families = [parse_probe(p) for p in plan.settings.probe]
     fitted = sum(suits(f, t) for t in todo for f in families)
@@ -243,7 +247,7 @@ def _measure(
         for task, measure in todo:
             progress.advance(0, description=f"{measure} of {task.name}")
             try:
-                _measure_one(plan, task, measure, stores["none", None, task.corpus.name])
+                _measure_one(plan, task, measure, stores)
             except _CAUGHT as error:
                 if isinstance(error, OutputError):
                     raise
@@ -251,28 +255,29 @@ def _measure(
             progress.advance(1)
 
 
-def _measure_one(plan: ProbePlan, task: Task, measure: str, store: ActivationStore) -> None:
+def _measure_one(plan: ProbePlan, task: Task, measure: str, stores: Stores) -> None:
     from probing import measures
 
-    rows, usable = rows_of_items(plan, task, store)
     scores, _, _ = read_part(plan.out, task.name)
     fitted = scores[(scores["control"] == "none") & (scores["probe"] == "linear") & scores["seed"].notna()]
     found, notes = [], []
-    for site in plan.config.sites:
-        hidden = [h for h in plan.hidden if h in store.hidden_of(site)]
+    for stack, site in itertools.product(plan.stacks, plan.config.sites):
+        store = stores["none", None, task.corpus.name, stack.name]
+        rows, usable = rows_of_items(plan, task, store)
+        hidden = [h for h in plan.hidden_of(stack) if h in store.hidden_of(site)]
         if reason := measures.unsuited(measure, task, hidden):
             notes.append(reason)
             continue
         for pooling in plan.config.pooling:
-            own = fitted[(fitted["site"] == site) & (fitted["pooling"] == pooling)]
+            own = fitted[(fitted["site"] == site) & (fitted["pooling"] == pooling) & (fitted["stack"] == stack.name)]
             penalties = {(int(s), int(h)): float(v) for s, h, v in own[["seed", "hidden", "l2"]].to_numpy()}
             found.append(
                 measures.measure_task(
                     measure, task, plan.settings, hidden=hidden, usable=usable, penalties=penalties,
-                    states=lambda h, positions, site=site, pooling=pooling: item_states(  # type: ignore[misc]
-                        task, store, rows[positions], pooling=pooling, hidden=h, site=site
+                    states=lambda h, positions, site=site, pooling=pooling, store=store, rows=rows: (  # type: ignore[misc]
+                        item_states(task, store, rows[positions], pooling=pooling, hidden=h, site=site)
                     ),
-                    where={"stack": plan.stack.name, "site": site, "pooling": pooling},
+                    where={"stack": stack.name, "site": site, "pooling": pooling},
                     device="cpu" if plan.device.startswith("mps") else plan.device,
                 )
             )  # fmt: skip
@@ -295,61 +300,14 @@ def _probe_one(
     seconds: dict[str, float],
 ) -> list[str]:
     """Fit, score and save one task; returns notes on what was left out."""
-    own = stores["none", None, task.corpus.name]
-    texts = texts_of_items(plan, task)
-    encoded = (texts >= 0).all(1)  # the others are training items that no seed drew
-    _, usable = rows_of_items(plan, task, own)
-    for seed in plan.config.seeds if "permuted-order" in plan.encoder_controls else ():
-        usable &= rows_of_items(plan, task, stores["permuted-order", seed, task.corpus.name])[1]  # words move out, too
-    notes = []
-    if (usable < encoded).any():
-        what = "word" if task.unit == "word" else "item"
-        notes.append(
-            f"{int((usable < encoded).sum())} {what}(s) beyond the model's window, or without tokens, were left out"
-        )
-    elif own.truncated[texts[encoded]].any():
-        notes.append(f"{int(own.truncated[np.unique(texts[encoded])].sum())} text(s) were cut at the model's window")
-    scores, items, weights = [], [], {}
-    with timed(seconds, "baselines"):
-        baselines, left_out = _baselines(plan, task, usable)
-        notes += left_out
-    for site in plan.config.sites:
-        for pooling in plan.config.pooling:
-            present = [h for h in plan.hidden if h in own.hidden_of(site)]
-            for probe in plan.settings.probe:
-                family = parse_probe(probe)
-                if not suits(family, task):
-                    continue
-                read = partial(
-                    _reader, family, task, rows_of_items(plan, task, own, family=family)[0], pooling=pooling, site=site
-                )
-                common: dict[str, Any] = {
-                    "hidden": present,
-                    "states": read(own),
-                    "encoders": {
-                        control: {s: read(stores[control, s, task.corpus.name]) for s in plan.config.seeds}
-                        for control in plan.encoder_controls
-                    },
-                    "usable": usable,
-                    "device": "cpu" if plan.device.startswith("mps") else plan.device,
-                    "progress": progress,
-                }
-                where = {"stack": plan.stack.name, "site": site, "pooling": pooling, "probe": probe}
-                if isinstance(family, Structural):
-                    with timed(seconds, "fit probes"):
-                        found = fit_trees(task, plan.settings, rank=family.rank, **common)
-                    with timed(seconds, "score"):
-                        scores.append(tree_score_table(task, found, plan.settings, where=where))
-                        notes.append(order_words(scores[-1], blocks=plan.stack.num_blocks))
-                        items.append(tree_item_table(task, found, where=where))
-                    weights.update({f"{site}/{pooling}/{probe}/{k}": v for k, v in found.weights.items()})
-                    continue
-                with timed(seconds, "fit probes"):
-                    fit: TaskFit = fit_task(task, plan.settings, baselines=baselines, family=family, **common)
-                with timed(seconds, "score"):
-                    scores.append(score_table(task, fit, plan.settings, where=where))
-                    items.append(item_table(task, fit, where=where))
-                weights.update({f"{site}/{pooling}/{probe}/{k}": v for k, v in fit.weights.items()})
+    notes: list[str] = []
+    parts = [_probe_stack(plan, stack, task, stores, progress, seconds, notes) for stack in plan.stacks]
+    scores, items = ([table for part in parts for table in part[i]] for i in (0, 1))
+    several = len(plan.stacks) > 1
+    weights = {
+        f"{stack.name}/{key}" if several else key: value
+        for stack, part in zip(plan.stacks, parts, strict=True) for key, value in part[2].items()
+    }  # fmt: skip
     score_rows, item_rows = pd.concat(scores, ignore_index=True), pd.concat(items, ignore_index=True)
     with timed(seconds, "summarize"):
         view = ProbeResults({}, score_rows, pd.DataFrame(), None, {task.name: item_rows})
@@ -367,6 +325,77 @@ def _probe_one(
             notes=notes,
         )
     return notes
+
+
+def _probe_stack(
+    plan: ProbePlan,
+    stack: Stack,
+    task: Task,
+    stores: Stores,
+    progress: Callable[[float], None],
+    seconds: dict[str, float],
+    notes: list[str],
+) -> tuple[list[pd.DataFrame], list[pd.DataFrame], dict[str, np.ndarray]]:
+    """Scores, items and weights of one task at one stack; what was left out is added to ``notes``."""
+    corpus, at = task.corpus.name, stack.name
+    own = stores["none", None, corpus, at]
+    texts = texts_of_items(plan, task)
+    encoded = (texts >= 0).all(1)  # the others are training items that no seed drew
+    _, usable = rows_of_items(plan, task, own)
+    for seed in plan.config.seeds if "permuted-order" in plan.encoder_controls else ():
+        usable &= rows_of_items(plan, task, stores["permuted-order", seed, corpus, at])[1]  # words move out, too
+    found_notes: list[str] = []
+    if (usable < encoded).any():
+        what = "word" if task.unit == "word" else "item"
+        found_notes.append(
+            f"{int((usable < encoded).sum())} {what}(s) beyond the model's window, or without tokens, were left out"
+        )
+    elif own.truncated[texts[encoded]].any():
+        cut = int(own.truncated[np.unique(texts[encoded])].sum())
+        found_notes.append(f"{cut} text(s) were cut at the model's window")
+    scores, items, weights = [], [], {}
+    with timed(seconds, "baselines"):
+        baselines, left_out = _baselines(plan, task, usable)
+        found_notes += left_out
+    for site in plan.config.sites:
+        for pooling in plan.config.pooling:
+            present = [h for h in plan.hidden_of(stack) if h in own.hidden_of(site)]
+            for probe in plan.settings.probe:
+                family = parse_probe(probe)
+                if not suits(family, task):
+                    continue
+                read = partial(
+                    _reader, family, task, rows_of_items(plan, task, own, family=family)[0], pooling=pooling, site=site
+                )
+                common: dict[str, Any] = {
+                    "hidden": present,
+                    "states": read(own),
+                    "encoders": {
+                        control: {s: read(stores[control, s, corpus, at]) for s in plan.config.seeds}
+                        for control in plan.encoder_controls
+                    },
+                    "usable": usable,
+                    "device": "cpu" if plan.device.startswith("mps") else plan.device,
+                    "progress": progress,
+                }
+                where = {"stack": stack.name, "site": site, "pooling": pooling, "probe": probe}
+                if isinstance(family, Structural):
+                    with timed(seconds, "fit probes"):
+                        found = fit_trees(task, plan.settings, rank=family.rank, **common)
+                    with timed(seconds, "score"):
+                        scores.append(tree_score_table(task, found, plan.settings, where=where))
+                        found_notes.append(order_words(scores[-1], blocks=stack.num_blocks))
+                        items.append(tree_item_table(task, found, where=where))
+                    weights.update({f"{site}/{pooling}/{probe}/{k}": v for k, v in found.weights.items()})
+                    continue
+                with timed(seconds, "fit probes"):
+                    fit: TaskFit = fit_task(task, plan.settings, baselines=baselines, family=family, **common)
+                with timed(seconds, "score"):
+                    scores.append(score_table(task, fit, plan.settings, where=where))
+                    items.append(item_table(task, fit, where=where))
+                weights.update({f"{site}/{pooling}/{probe}/{k}": v for k, v in fit.weights.items()})
+    notes += [n if len(plan.stacks) == 1 else f"{stack.name}: {n}" for n in found_notes]
+    return scores, items, weights
 
 
 def _reader(

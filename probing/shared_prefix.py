@@ -15,8 +15,9 @@ import numpy as np
 
 from probing.batching import ExtractionPlan, plan_extraction
 from probing.cache import claim, lease, make_room, unclaim, write_facts
-from probing.extraction import shard_runner, store_facts
+from probing.extraction import store_facts
 from probing.forward import Backbone, pick_stack
+from probing.shard_runs import shard_runner
 from probing.store import shard_state, stored_bytes, write_shard
 from probing.tasks.base import Text
 from spafit.digests import settings_digest

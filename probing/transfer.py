@@ -60,6 +60,7 @@ def stored_probes(
     site: str,
     pooling: str,
     probe: str = "linear",
+    stack: str | None = None,
 ) -> Mapping[tuple[str, int, int], StoredProbe]:
     """Probes of one task by (control, seed, hidden index), from a finished run's folder.
 
@@ -71,6 +72,7 @@ def stored_probes(
         site: site of the states.
         pooling: pooling of the states.
         probe: name of the probe family.
+        stack: name of the stack, where the run probed several.
 
     Raises:
         DataError: the run holds no such probes.
@@ -84,6 +86,8 @@ def stored_probes(
     start = [site, pooling]
     for key, array in load_file(path).items():
         pieces = key.split("/")
+        if len(pieces) == 8 and pieces.pop(0) != stack:  # a run of several stacks
+            continue
         if len(pieces) == 6:  # earlier files held linear probes only and did not say so
             pieces.insert(2, "linear")
         if pieces[:3] == [*start, probe]:

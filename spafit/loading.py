@@ -44,6 +44,8 @@ def load_backbone(found: Located, *, dtype: str, notes: list[str]) -> nn.Module:
         named = next(iter(config.get("architectures") or ()), "")
         # Half of a two-stack model saved by itself; every other backbone is what AutoModel makes of the model type.
         half = re.fullmatch(r"\w+(Encoder|Text|Vision)Model", named) and getattr(transformers, named, None)
+        if config.get("model_type") == "encoder-decoder":  # two backbones under one name, which AutoModel does not know
+            half = transformers.EncoderDecoderModel
         model, info = from_files(half or transformers.AutoModel, found, dtype=dtype)
     _check_whole(model, info, found, notes)
     return model

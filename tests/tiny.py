@@ -260,3 +260,18 @@ def save_tiny(name: str, folder: Path, seed: int = 0, *, auto: str = "AutoModel"
     if tokenizer:
         tiny_tokenizer(decoder=name in DECODERS).save_pretrained(folder)
     return model
+
+
+def tiny_encoder_decoder(seed: int = 0, *, decoder: str = "bert", **changes: Any) -> nn.Module:
+    """Two tiny models under one EncoderDecoderModel, with random cross-attention; ``changes`` are the decoder's."""
+    from transformers import EncoderDecoderConfig, EncoderDecoderModel
+
+    from spafit.runtime import torch_seed
+
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(
+        tiny_config("bert"), tiny_config(decoder, **{"num_hidden_layers": 2, **changes})
+    )
+    config.decoder_start_token_id, config.pad_token_id = 2, 0
+    with torch_seed(seed, "tiny encoder-decoder"):
+        model = EncoderDecoderModel(config=config)
+    return draw_weights(model, seed)

@@ -47,7 +47,12 @@ def probe(
     revision: Annotated[str | None, _option(_MODEL, "--revision", help="Branch, tag or commit of a hub model.")] = None,
     stack: Annotated[
         str | None,
-        _option(_MODEL, "--stack", help="Which block stack, for models with several (encoder, text, vision)."),
+        _option(
+            _MODEL,
+            "--stack",
+            help="Which block stack, for models with several (encoder, text, vision); several by commas, in one pass: "
+            "encoder,decoder. A decoder with cross-attention is fed the text shifted right.",
+        ),
     ] = None,
     offline: Annotated[
         bool | None, _option(_MODEL, "--offline/--online", help="Never ask the hub.", show_default=False)
@@ -79,7 +84,12 @@ def probe(
         int | None, _option(_DATA, "--limit", help="Keep only the first N items of each split: for a quick look only.")
     ] = None,
     layers: Annotated[
-        str | None, _option(_PROBE, "--layers", help="Hidden indices, 0 = embeddings: 0-6 or 0,3,6. Default: all.")
+        str | None,
+        _option(
+            _PROBE,
+            "--layers",
+            help="Hidden indices, 0 = embeddings: 0-6 or 0,3,6; by stack encoder:0-6,decoder:0-3. Default: all.",
+        ),
     ] = None,
     sites: Annotated[
         str | None,
@@ -87,7 +97,12 @@ def probe(
     ] = None,
     pooling: Annotated[
         str | None,
-        _option(_PROBE, "--pooling", help="mean, max, first ([CLS]) or last; several by commas. Default: mean."),
+        _option(
+            _PROBE,
+            "--pooling",
+            help="mean, max, first ([CLS]) or last; several by commas. word-final is last: the sub-word that has read "
+            "the whole word in a causal stack. Default: mean.",
+        ),
     ] = None,
     probes: Annotated[
         list[str] | None,
@@ -285,15 +300,20 @@ def _print(results: ProbeResults, interpretation: Interpretation) -> None:
         from probing.measure_displays import measure_markdown
 
         typer.echo(f"{measure_markdown(results.measures, results.summaries)}\n")
-    suggestion = interpretation.suggestion
-    if interpretation.localization.conditions[0].tested:
-        typer.echo(f"Verdict: {interpretation.verdict['verdict']}. {interpretation.verdict['sentence']}\n")
-        typer.echo("Strata:  " + suggestion.explain() + "\n")
-        typer.echo(suggestion.config.describe() + "\n")
-    else:
-        typer.echo("Verdict: inconclusive. Too few tasks per level for a verdict; see the scores.")
-        placed = "No boundaries from these tasks; strata.yaml holds SPAFIT's own, scaled to the model's depth."
-        typer.echo(f"Strata:  {placed if suggestion.criterion == 'none' else suggestion.reason}\n")
+    by_stack, tested = interpretation.suggestions.by_stack, False
+    for stack, suggestion in by_stack.items():
+        if len(by_stack) > 1:
+            typer.echo(f"Stack {stack}:")
+        if interpretation.localizations[stack].conditions[0].tested:
+            verdict, tested = interpretation.verdict_of(stack), True
+            typer.echo(f"Verdict: {verdict['verdict']}. {verdict['sentence']}\n")
+            typer.echo("Strata:  " + suggestion.explain() + "\n")
+        else:
+            typer.echo("Verdict: inconclusive. Too few tasks per level for a verdict; see the scores.")
+            placed = "No boundaries from these tasks; strata.yaml holds SPAFIT's own, scaled to the model's depth."
+            typer.echo(f"Strata:  {placed if suggestion.criterion == 'none' else suggestion.reason}\n")
+    if tested:
+        typer.echo(interpretation.suggestions.config.describe() + "\n")
     about: dict[str, list[str]] = {}
     for name, facts in results.run["tasks"].items():
         if facts["status"] == "failed":

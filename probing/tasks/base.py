@@ -36,11 +36,14 @@ class Text:
         string: what is encoded. A text made of words is those words joined by single spaces.
         spans: half-open character ranges of the words whose states are kept (empty for sentence tasks).
         second: second segment of a pair, encoded together with ``string``; None for single texts.
+        target: what the decoder of an encoder-decoder reads in place of ``string``, which its encoder reads; None for
+            texts that both read. Models without such a decoder never see it.
     """
 
     string: str
     spans: tuple[tuple[int, int], ...] = ()
     second: str | None = None
+    target: str | None = None
 
     @classmethod
     def from_words(cls, words: Sequence[str]) -> Text:
@@ -58,8 +61,9 @@ class Text:
 
     @property
     def content(self) -> tuple[object, ...]:
-        """What an encoder reads, and which of its states are kept: what decides whether two texts are the same."""
-        return self.string, self.spans, self.second
+        """What a model reads, and which of its states are kept: what decides whether two texts are the same."""
+        own = (self.string, self.spans, self.second)
+        return own if self.target is None else (*own, self.target)
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class Corpus:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over all texts, their spans and second segments."""
+        """SHA-256 over all texts, their spans, second segments and targets."""
         return content_digest(t.content for t in self.texts)
 
     @property
