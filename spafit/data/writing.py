@@ -13,11 +13,12 @@ from spafit.data.sampling import hold_out
 from spafit.data.tables import read_table_file
 from spafit.data.text import read_text
 from spafit.data.training import TrainData
+from spafit.data.wikitext import articles, heading_pairs
 from spafit.errors import DataError, did_you_mean
 
 
 def text_data(files: Mapping[str, str | Path], *, name: str | None = None, seed: int = 0) -> TrainData:
-    """Running text, one file per split; a line with something in it is a text.
+    """Running text, one file per split; a line with something in it is a text, and of WikiText's files an article.
 
     Args:
         files: split -> UTF-8 file; ``train`` alone is split 80/20 into train and validation.
@@ -29,8 +30,9 @@ def text_data(files: Mapping[str, str | Path], *, name: str | None = None, seed:
     """
     frames = {}
     for split, path in files.items():
-        lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-        frames[split] = pd.DataFrame({"text": lines, "idx": np.arange(len(lines))})
+        text = read_text(path)
+        texts = articles(text) or [line.strip() for line in text.splitlines() if line.strip()]
+        frames[split] = pd.DataFrame({"text": texts, "idx": np.arange(len(texts))})
     return _task(files, frames, name, seed, kind="text")
 
 
@@ -43,7 +45,7 @@ def answers_data(
     name: str | None = None,
     seed: int = 0,
 ) -> TrainData:
-    """Prompts and answers from tables (TSV, CSV, JSON lines, parquet), one file per split.
+    """Prompts and answers, one file per split, which :func:`read_pairs` reads.
 
     Args:
         files: split -> file; ``train`` alone is split 80/20 into train and validation.
@@ -68,7 +70,9 @@ def read_pairs(
     """Prompts and answers of one table.
 
     Args:
-        path: TSV, CSV, JSON lines or parquet.
+        path: TSV, CSV, JSON lines or parquet; or a CoNLL-U file (``.conllu``), which has the columns ``sentence`` and
+            ``main_clause`` (:func:`spafit.data.compression.compression_pairs`), or one of WikiText's (``.txt``), which
+            has ``opening`` and ``heading`` (:func:`spafit.data.wikitext.heading_pairs`).
         prompt: column of what is read (a number for files without a header). Several with ``+`` between them, such as
             ``instruction+input``, are joined by an empty line, without those that are empty. Where its cells are
             conversations (``messages``: a list of objects with ``role`` and ``content``), the first thing that the user
@@ -86,7 +90,8 @@ def read_pairs(
             (names the file and the row).
     """
     path = Path(path)
-    table = read_table_file(path, header=header)
+    table = _derived(path)
+    table = read_table_file(path, header=header) if table is None else table
     columns = [prompt] if prompt in table else prompt.split("+")
     talks = columns == [prompt] and prompt in table and isinstance(table[prompt].iloc[0], list)
     for column in (*columns, *([] if answer is None or talks else [answer])):
@@ -117,6 +122,17 @@ def read_pairs(
             )
     frame.attrs["note"] = note
     return frame
+
+
+def _derived(path: Path) -> pd.DataFrame | None:
+    """The pairs that a file gives by a rule, under their own names; None for a table."""
+    if path.name.endswith((".conllu", ".conllu.gz")):
+        from spafit.data.compression import compression_pairs
+
+        return compression_pairs(path).rename(columns={"prompt": "sentence", "answer": "main_clause"})
+    if path.suffix == ".txt":
+        return heading_pairs(path).rename(columns={"prompt": "opening", "answer": "heading"})
+    return None
 
 
 def _exchange(path: Path, row: int, talk: object) -> tuple[str, str, bool]:
