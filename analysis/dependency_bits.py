@@ -42,7 +42,8 @@ def dependency_bits(language: LanguageModel, sentences: Sequence[Sentence], *, q
 
     Returns:
         One row per scored token: ``sentence`` and ``word`` (positions from 0), ``distance`` (position of the head minus
-        that of the word: below 0 the head stands to the left; 0 for the root) and ``bits``.
+        that of the word: below 0 the head stands to the left; 0 for the root), ``relation`` (``punct`` is best left
+        out: a full stop is easy, and its head is far) and ``bits``.
 
     Raises:
         UsageError: no sentences.
@@ -60,7 +61,7 @@ def dependency_bits(language: LanguageModel, sentences: Sequence[Sentence], *, q
     places = language.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = encode_sentences(language, texts)
     special = set(language.tokenizer.all_special_ids)
-    owner, word, distance = [], [], []
+    owner, word, distance, relation = [], [], [], []
     for i, sentence in enumerate(sentences):
         at = _word_at(sentence)
         plain = places["input_ids"][i]
@@ -74,11 +75,12 @@ def dependency_bits(language: LanguageModel, sentences: Sequence[Sentence], *, q
         roots = np.array([head == 0 for head in sentence.heads])
         to_head = np.where(roots, 0, np.array(sentence.heads) - 1 - np.arange(len(sentence.heads)))
         distance.append(to_head[words])
+        relation += [sentence.deprels[k] for k in words]
     with Progress("Words by distance", len(texts), quiet=quiet) as progress:
         found = score(language, ids, progress=progress.advance)
     table = pd.DataFrame({"sentence": np.concatenate(owner), "word": np.concatenate(word)})
     assert np.array_equal(table["sentence"], found.text)
-    return table.assign(distance=np.concatenate(distance), bits=-found.log_p / math.log(2))
+    return table.assign(distance=np.concatenate(distance), relation=relation, bits=-found.log_p / math.log(2))
 
 
 def distance_table(

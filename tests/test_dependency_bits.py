@@ -52,6 +52,7 @@ def test_tokens_have_their_words_and_the_models_own_bits(kind: str, sentences: l
         ids = tokenizer(sentence.text(), add_special_tokens=False)["input_ids"]
         assert own["word"].tolist() == by_hand[i][first:]
         assert own["distance"].tolist() == [away[i][word] for word in by_hand[i][first:]]
+        assert own["relation"].tolist() == [sentence.deprels[word] for word in by_hand[i][first:]]
         if causal:
             batch = torch.tensor([ids])
             loss = float(model(input_ids=batch, labels=batch).loss) * (len(ids) - 1)
