@@ -13,7 +13,7 @@ from spafit.errors import DataError, UsageError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from probing.tasks.treebank import Sentence
+    from spafit.data.conllu import Sentence
 
 #: The universal part of speech whose words are left out of edge scores.
 PUNCTUATION = "PUNCT"

@@ -10,7 +10,7 @@ import pandas as pd
 
 from spafit.errors import DataError, UsageError
 from spafit.runtime import Progress, seed_sequence
-from spafit.text_windows import encode_prompt, end_of_text
+from spafit.text_windows import Template, encode_prompt, end_of_text
 
 if TYPE_CHECKING:
     from spafit.image_processing import ImageProcessor
@@ -31,7 +31,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 16,
-    plain: bool = False,
+    template: Template = "auto",
     image_processor: ImageProcessor | None = None,
     quiet: bool = False,
 ) -> pd.DataFrame:
@@ -50,7 +50,7 @@ def generate(
         top_p: draws are from the most probable tokens that have this probability together.
         seed: of draws; the global generator is put back.
         batch_size: prompts at a time.
-        plain: the prompt is the beginning of a text to be continued, as it stands: no chat template, no line break.
+        template: how a decoder's prompt is put (:data:`spafit.text_windows.Template`).
         image_processor: of a model that reads images (paths or bytes in ``prompts``) and writes texts.
         quiet: no progress on stderr.
 
@@ -60,8 +60,8 @@ def generate(
 
     Raises:
         UsageError: options that do not go together.
-        DataError: a prompt that leaves no room in the model's window.
-        ModelError: the tokenizer has no token that ends a text.
+        DataError: an empty prompt, or one that leaves no room in the model's window.
+        ModelError: the tokenizer has no token that ends a text, or no chat template where one is asked for.
     """
     import torch
 
@@ -78,7 +78,9 @@ def generate(
     end = end_of_text(tokenizer)
     separate = bool(model.config.is_encoder_decoder)
     seen = image_processor
-    encoded = [[0] if seen else _encoded(tokenizer, p, separate=separate, plain=plain) for p in prompts]
+    encoded = [[0] if seen else encode_prompt(tokenizer, p, separate=separate, template=template) for p in prompts]
+    if empty := [i for i, p in enumerate(prompts) if not encoded[i] or (isinstance(p, str) and not p.strip())]:
+        raise DataError(f"Prompt {empty[0] + 1} is empty ({len(empty)} in all). Give at least a word to go on from.")
     room = decoder_room(model)
     if separate and room is not None and max_new_tokens > room:
         raise UsageError(f"The decoder has places for {room} tokens, and {max_new_tokens} are asked for. Write fewer.")
@@ -138,13 +140,6 @@ def _ends(model: Any, end: int) -> list[int]:
     """Tokens at which writing stops: the tokenizer's, and those of the model's own configuration."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return sorted({end, *([] if own is None else [own] if isinstance(own, int) else own)})
-
-
-def _encoded(tokenizer: Any, prompt: str, *, separate: bool, plain: bool) -> list[int]:
-    if plain and not separate:
-        begin = [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
-        return [*begin, *tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]]
-    return encode_prompt(tokenizer, prompt, separate=separate)
 
 
 def _padded(ids: list[int], longest: int, pad: int, *, left: bool) -> tuple[list[int], list[int]]:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probing.tasks.conllu import DEFAULT, DERIVATIONS, equal_bins, treebank_tasks
-from probing.tasks.treebank import read_treebank, word_depths
+from probing.tasks.treebank import read_treebank
+from spafit.data.conllu import word_depths
 from spafit.errors import DataError, TaskError, UnknownTaskError
 from tests.paths import SHARED, needs_shared
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy.sparse.csgraph import shortest_path
 
-from probing.tasks.treebank import read_treebank, word_depths
+from probing.tasks.treebank import read_treebank
 from probing.trees import Tree, ancestors, length_groups, treebank_trees
+from spafit.data.conllu import word_depths
 from spafit.errors import DataError, UsageError
 from tests.paths import SHARED, needs_shared
 from tests.structural_fixtures import random_tree

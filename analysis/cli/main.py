@@ -14,6 +14,8 @@ from analysis.cli.cache import cache_app
 from analysis.cli.cite import cite
 from analysis.cli.compare import EXAMPLES as COMPARE_EXAMPLES
 from analysis.cli.compare import compare
+from analysis.cli.generate import EXAMPLES as GENERATE_EXAMPLES
+from analysis.cli.generate import generate
 from analysis.cli.glue import EXAMPLES as GLUE_EXAMPLES
 from analysis.cli.glue import glue
 from analysis.cli.localize import EXAMPLES as LOCALIZE_EXAMPLES
@@ -46,6 +48,7 @@ app.command("probe", epilog=EXAMPLES)(probe)
 app.command("train", epilog=TRAIN_EXAMPLES)(train)
 app.command("evaluate")(evaluate)
 app.command("predict")(predict)
+app.command("generate", epilog=GENERATE_EXAMPLES)(generate)
 app.command("merge")(merge)
 app.command("glue", epilog=GLUE_EXAMPLES)(glue)
 app.command("compare", epilog=COMPARE_EXAMPLES)(compare)

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from probing.tasks.base import Corpus, Level, Task, Text, Unit
-from probing.tasks.treebank import Sentence, Treebank
+from probing.tasks.treebank import Treebank
 from probing.trees import PUNCTUATION
+from spafit.data.conllu import Sentence
 from spafit.errors import TaskError, UnknownTaskError, did_you_mean
 from spafit.runtime import generator
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from probing.tasks.base import Corpus, Text
 from probing.tasks.reading import licence_of, safe_name
-from spafit.data.tables import read_lines
+from spafit.data.conllu import Sentence, read_sentences
 from spafit.errors import DataError
 from spafit.runtime import generator
 
@@ -22,39 +21,6 @@ MIN_DOCUMENTS = 10
 HELD_OUT = 0.1
 
 _SPLIT = re.compile(r"(?:^|[-_.])(train|dev|test)(?:[-_.]|$)")
-_RANGE = re.compile(r"([1-9][0-9]*)-([1-9][0-9]*)")
-_EMPTY = re.compile(r"(?:0|[1-9][0-9]*)\.[1-9][0-9]*")
-
-
-@dataclass(frozen=True, slots=True)
-class Sentence:
-    """One annotated sentence; word ``i`` (from 0) is the token the file numbers ``i + 1``.
-
-    Attributes:
-        id: ``sent_id``, made unique in the treebank.
-        split: ``train``, ``dev`` or ``test``.
-        document: ``newdoc id``; empty where the file marks no documents.
-        genre: from a ``genre`` comment or the document's name (see :func:`read_treebank`); may be empty.
-        words: the FORM column of the syntactic words.
-        upos: UPOS column, ``_`` where unspecified.
-        xpos: XPOS column, ``_`` where unspecified.
-        feats: FEATS column as written, ``_`` where empty.
-        heads: HEAD per word, 0 for a root, -1 where unspecified.
-        deprels: DEPREL column.
-        depth: number of words on the longest path from a root down; 0 where a head is unspecified.
-    """
-
-    id: str
-    split: str
-    document: str
-    genre: str
-    words: tuple[str, ...]
-    upos: tuple[str, ...]
-    xpos: tuple[str, ...]
-    feats: tuple[str, ...]
-    heads: tuple[int, ...]
-    deprels: tuple[str, ...]
-    depth: int
 
 
 @dataclass(frozen=True)
@@ -102,7 +68,7 @@ def read_treebank(path: Path) -> Treebank:
             (names file and line).
     """
     files = _split_files(path)
-    by_split = {split: [s for f in found for s in _parse(f, split)] for split, found in files.items()}
+    by_split = {split: [s for f in found for s in read_sentences(f, split)] for split, found in files.items()}
     if not any(by_split.values()):
         raise DataError(f"{path}: holds no sentences.")
     sentences, notes = _with_all_splits(by_split)
@@ -120,29 +86,6 @@ def read_treebank(path: Path) -> Treebank:
         citation=_citation(folder),
         notes=tuple(notes),
     )
-
-
-def word_depths(heads: Sequence[int]) -> list[int]:
-    """Depth of each word: 1 for a word whose head is 0, one more per step down.
-
-    A word on a cycle, or below one, gets 0, as does a word below an unspecified head (-1).
-    """
-    depths: list[int | None] = [None] * len(heads)
-    for start in range(len(heads)):
-        path, word = [], start
-        while depths[word] is None:
-            depths[word] = 0  # stays so if the walk comes back here, or ends without a root
-            path.append(word)
-            if heads[word] <= 0:
-                break
-            word = heads[word] - 1
-        if path:
-            head = heads[path[-1]]
-            base = 0 if head == 0 else depths[head - 1] if head > 0 else None
-            if head == 0 or base:
-                for step, node in enumerate(reversed(path), start=1):
-                    depths[node] = (base or 0) + step
-    return [depth or 0 for depth in depths]
 
 
 def _split_files(path: Path) -> dict[str, list[Path]]:
@@ -177,98 +120,6 @@ def _name(path: Path, files: dict[str, list[Path]]) -> str:
         match = _SPLIT.search(_stem(first))
         name = (_stem(first)[: match.start()] if match else "").removesuffix("-ud") or path.resolve().name
     return safe_name(name)
-
-
-def _malformed(path: Path, line: int, what: str) -> DataError:
-    return DataError(f"{path}:{line}: {what}")
-
-
-@dataclass
-class _Block:
-    """What has been read of one sentence: its words' cells and their line numbers, and the last word a range covers."""
-
-    rows: list[list[str]] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
-    covered: int = 0
-    sent_id: str = ""
-
-
-def _parse(path: Path, split: str) -> Iterator[Sentence]:
-    block = _Block()
-    document = genre = ""
-    documents = 0
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line or line.isspace():
-            if block.rows:
-                yield _sentence(path, block, split, document, genre)
-            block = _Block()
-        elif line[0] == "#":
-            if block.rows:
-                raise _malformed(path, number, "a comment inside a sentence; a blank line must end the sentence first.")
-            key, _, value = line[1:].partition("=")
-            key, value = key.strip(), value.strip()
-            if key == "sent_id":
-                block.sent_id = value
-            elif key in ("newdoc id", "newdoc"):
-                documents += 1
-                document, genre = value or f"document {documents}", ""
-            elif key in ("genre", "meta::genre"):
-                genre = value
-        else:
-            _add_line(path, number, line, block)
-    if block.rows:
-        yield _sentence(path, block, split, document, genre)
-
-
-def _add_line(path: Path, number: int, line: str, block: _Block) -> None:
-    """Check one token line and add it to ``block`` if it is a syntactic word."""
-    cells = line.split("\t")
-    if len(cells) != 10:
-        spaces = " (cells must be separated by tabs, not spaces)" if len(line.split()) == 10 else ""
-        raise _malformed(path, number, f"{len(cells)} column(s) where CoNLL-U has 10{spaces}.")
-    token, done = cells[0], len(block.rows)
-    if token == str(done + 1):
-        if not cells[1]:
-            raise _malformed(path, number, "the word form is empty.")
-        block.rows.append(cells)
-        block.lines.append(number)
-    elif span := _RANGE.fullmatch(token):
-        start, end = int(span[1]), int(span[2])
-        if start != done + 1 or end < start or start <= block.covered:
-            raise _malformed(path, number, f"token range {token!r} does not start at the next free word, {done + 1}.")
-        block.covered = end
-    elif _EMPTY.fullmatch(token):
-        if int(token.partition(".")[0]) != done:
-            raise _malformed(path, number, f"empty node {token!r} does not follow word {done}.")
-    elif token == "1" and done:
-        raise _malformed(path, number, f"expected word id {done + 1}, got 1. Is a blank line missing before it?")
-    else:
-        raise _malformed(path, number, f"bad word id {token!r}; expected {done + 1}.")
-
-
-def _sentence(path: Path, block: _Block, split: str, document: str, genre: str) -> Sentence:
-    n = len(block.rows)
-    if block.covered > n:
-        raise _malformed(
-            path, block.lines[-1], f"a token range ends at word {block.covered}, but the sentence has {n} words."
-        )
-    _, words, _, upos, xpos, feats, head_cells, deprels, _, _ = zip(*block.rows, strict=True)
-    heads = []
-    for i, cell in enumerate(head_cells, start=1):
-        head = int(cell) if cell.isdecimal() else -1
-        if head > n or (head < 0 and cell != "_"):
-            what = f"word {i} has head {cell!r}; allowed are 0 to {n}, or '_' for none."
-            raise _malformed(path, block.lines[i - 1], what)
-        if head == i:
-            raise _malformed(path, block.lines[i - 1], f"word {i} is its own head.")
-        heads.append(head)
-    depths = word_depths(heads)
-    complete = min(heads) >= 0
-    if complete and 0 in depths:
-        i = depths.index(0)
-        raise _malformed(path, block.lines[i], f"the heads form a cycle: no root is above word {i + 1}.")
-    depth = max(depths) if complete else 0
-    return Sentence(block.sent_id, split, document, genre, words, upos, xpos, feats, tuple(heads), deprels, depth)
 
 
 def _with_all_splits(by_split: dict[str, list[Sentence]]) -> tuple[list[Sentence], list[str]]:
