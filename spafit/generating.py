@@ -94,7 +94,9 @@ def generate(
             )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
     device = next(model.parameters()).device
-    drawn = {"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {}
+    drawn: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {}
+    if separate and getattr(model.config, "decoder_start_token_id", None) is not None:
+        drawn["decoder_start_token_id"] = model.config.decoder_start_token_id
     order = np.argsort([len(ids) for ids in encoded], kind="stable")
     found: list[tuple[str, int, bool]] = [("", 0, False)] * len(prompts)
     devices = list(range(torch.cuda.device_count()))
