@@ -84,7 +84,7 @@ def generate(
         (list(texts or ()), None) if table is None else _read(table, prompt, answer, not no_header, limit)
     )
     headed, trained_as = _load(model, revision=revision, offline=offline, allow_pickle=allow_pickle)
-    headed.model.to(device)  # type: ignore[arg-type]
+    headed.model.to(device)
     chosen: Any = "continue" if template == "auto" and trained_as == "text" else template
     written = write(
         headed.model, headed.tokenizer, prompts, max_new_tokens=max_new_tokens, num_beams=num_beams, sample=sample,
