@@ -176,8 +176,8 @@ def generation_table(
         if np.shape(bits) != (len(texts), 2):
             raise UsageError(f"bits have the shape {np.shape(bits)}; ({len(texts)}, 2) is needed: bits and tokens.")
         add("bits_per_token", *np.asarray(bits, dtype=float).T)
-        name, *values, n = rows[-1]
-        rows.append(("perplexity", *(float(2.0 ** np.minimum(v, 1000.0)) for v in values), n))
+        value, low, high = (float(2.0 ** np.minimum(v, 1000.0)) for v in rows[-1][1:4])
+        rows.append(("perplexity", value, low, high, rows[-1][4]))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
