@@ -125,8 +125,8 @@ def planted_comparison(
                     rows.append(
                         dict.fromkeys((*KEYS, *COLUMNS), "")
                         | {"model": "tuned", "task": task, "level": level, "stack": "encoder", "site": "block",
-                           "pooling": "mean", "probe": "linear", "control": "none", "split": "test", "metric": metric, "hidden": hidden,
-                           "term": term, "value": factor * value}
+                           "pooling": "mean", "probe": "linear", "control": "none", "split": "test", "metric": metric,
+                           "hidden": hidden, "term": term, "value": factor * value}
                     )  # fmt: skip
             if hidden:
                 own = third < hidden <= third + blocks // 3
