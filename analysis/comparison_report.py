@@ -78,6 +78,7 @@ def _forgetting_figures(comparison: Comparison) -> list[tuple[str, str, Figure]]
     found = []
     for suffix, where, own in _by_stack(comparison):
         rows = own.to_pandas()
+        rows = rows.assign(model=rows["model"] + where)  # a picture by itself says its stack, too
         title = f"Lost, moved and re-encoded by hidden state, mean over tasks{where}"
         found += [
             (f"forgetting{suffix}", title, forgetting_figure(rows)),
