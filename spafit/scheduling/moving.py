@@ -194,7 +194,7 @@ def union(plans: Sequence[StrataConfig]) -> StrataConfig:
     outside = {place: _outside([getattr(p.outside, place) for p in plans], place) for place in PLACES}
     if len({p.outside.weight_decay for p in plans}) > 1:
         raise ConfigError(f"{_DECAY} outside the blocks.")
-    own = replace(first.outside, **outside)
+    own = replace(first.outside, **outside)  # type: ignore[arg-type]
     try:
         widest = joined(first, blocks)
         return widest if own == first.outside else replace(widest, outside=own, origin=None)
