@@ -206,7 +206,13 @@ def _forward(
     """Outputs of every branch and block, attached to the graph, and the logits."""
     from spafit.stacks import find_stacks
 
-    stack = find_stacks(model)[0]
+    stack, *others = find_stacks(model)
+    if others:
+        names = ", ".join(s.name for s in (stack, *others))
+        raise ModelError(
+            f"{type(model).__name__} has several stacks of blocks ({names}), and conductance is of models with one. "
+            "Compare its stacks by probing (spafit compare --stack)."
+        )
     if stack.attention_branch is None or stack.feed_forward_branch is None or stack.shared:
         name = type(model).__name__
         raise ModelError(f"The branches of the blocks of {name} were not recognised, or its blocks share weights.")

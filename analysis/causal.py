@@ -333,11 +333,11 @@ def _stack_of(model: nn.Module) -> Stack:
     known = _STACKS.get(model)
     if known is not None and known[0] == build:
         return known[1]
-    stacks = [s for s in find_stacks(model) if s.cross_branch is None]
+    stacks = find_stacks(model)
     if len(stacks) != 1:
         raise ModelError(
-            f"{type(model).__name__} has {len(stacks)} stacks of blocks without cross-attention; interventions are for "
-            "models with one."
+            f"{type(model).__name__} has {len(stacks)} stacks of blocks ({', '.join(s.name for s in stacks)}); "
+            "interventions are for models with one. Compare its stacks by probing (spafit compare --stack)."
         )
     if len(set(stacks[0].block_paths)) < stacks[0].num_blocks:
         raise ModelError(

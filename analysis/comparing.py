@@ -36,6 +36,7 @@ from spafit.runtime import Progress, provenance
 
 if TYPE_CHECKING:
     from spafit.data.training import TrainData
+    from spafit.stacks import Stack
 
 #: Sentences that drift is measured on, at most.
 DRIFT_SENTENCES = 2000
@@ -97,7 +98,7 @@ def compare(
         max_train: training items per seed.
         limit: items of each split, for a quick look.
         pooling: how tokens become one state.
-        stack: which stack.
+        stack: which stack; several by commas (``encoder,decoder``).
         n_boot: bootstrap replicates.
         drift: also measure the drift of states and weights.
         text: file of running text, for perplexity and KL (:func:`analysis.retention.retention_table`); the model
@@ -168,9 +169,10 @@ def compare(
         facts[name] = _facts(first, side, reference)
         if drift and first.plan is not None and side.plan is not None and side.comparable:
             with timed(seconds, "drift"):
-                table, heat = _drift(name, first, side)
-                drifts.append(table)
-                maps.append(heat)
+                for at in first.plan.stacks:
+                    table, heat = _drift(name, first, side, at)
+                    drifts.append(table)
+                    maps.append(heat)
                 weights.append(_weights(name, first, side))
     retained = []
     for name, side in sides.items():
@@ -215,7 +217,7 @@ def compare(
 
 def _extract(first: Side, sides: dict[str, Side], *, quiet: bool, seconds: dict[str, float]) -> None:
     """States of all models, shared ones once; what this leaves out the probing runs compute themselves."""
-    if first.plan is None:
+    if first.plan is None or len(first.plan.stacks) > 1:  # a run of several stacks has them from one pass
         return
     with_plan = {n: s for n, s in sides.items() if s.plan is not None and s.comparable}
     corpora = {c: t.texts for c, t in first.plan.needed.items()}
@@ -269,26 +271,26 @@ def _tables(name: str, reading: TaskReadings, *, n_boot: int) -> Iterator[pd.Dat
         yield table.assign(**{"model": name, **reading.keys, "control": subtracted})[[*KEYS, *COLUMNS]]
 
 
-def _drift(name: str, first: Side, side: Side) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _drift(name: str, first: Side, side: Side, stack: Stack) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Drift of the largest corpus's states: sentences where there are any, else words by sentence."""
     from analysis.drift import cka_heat_map, drift_table
 
     assert first.plan is not None
     corpus = max(first.plan.needed, key=lambda c: len(first.plan.needed[c].texts))  # type: ignore[union-attr]
-    unit, groups, states = side_states(first, side, corpus, most=DRIFT_SENTENCES)
-    hidden = list(first.plan.hidden)
-    own = {"model": name, "unit": unit, "stack": first.plan.stack.name}
+    unit, groups, states = side_states(first, side, corpus, most=DRIFT_SENTENCES, stack=stack.name)
+    hidden = list(first.plan.hidden_of(stack))
+    own = {"model": name, "unit": unit, "stack": stack.name}
     tables = drift_table(states[0], states[1], groups, hidden=hidden), cka_heat_map(*states, groups, hidden=hidden)
     return tuple(t.assign(**own)[[*own, *[c for c in t if c not in own]]] for t in tables)  # type: ignore[return-value]
 
 
 def side_states(
-    first: Side, side: Side, corpus: str, *, most: int
+    first: Side, side: Side, corpus: str, *, most: int, stack: str
 ) -> tuple[str, np.ndarray, tuple[Callable[[int], np.ndarray], Callable[[int], np.ndarray]]]:
     """Unit, sentence of each row, and readers of the states of two models by hidden index, for part of a corpus."""
     from spafit.runtime import generator
 
-    stores = first.store(corpus), side.store(corpus)
+    stores = first.store(corpus, stack), side.store(corpus, stack)
     assert first.plan is not None
     n = len(first.plan.needed[corpus].texts)
     texts = np.sort(generator(0, "drift sentences").permutation(n)[:most])
@@ -309,7 +311,7 @@ def side_states(
 
     old = reader(first, stores[0])
     new = reader(side, stores[1])
-    both = old, lambda h: old(h) if h < side.unchanged else new(h)
+    both = old, lambda h: old(h) if h < side.unchanged_of(stack) else new(h)
     return ("sentence" if sentences else "word"), groups, both
 
 
@@ -330,6 +332,7 @@ def _facts(first: Side, side: Side, reference: Any) -> dict[str, Any]:
         "weights_digest": None if loaded is None else loaded.weights_digest,
         "adapter_digest": None if loaded is None else loaded.adapter_digest,
         "unchanged": side.unchanged,
+        "unchanged_by_stack": dict(side.unchanged_by),
         "missing": " ".join(m.strip() for m in (side.missing, first.why, side.why) if m).strip(),
     }
 

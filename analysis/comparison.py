@@ -100,6 +100,23 @@ class Comparison:
         return tuple(dict.fromkeys(self.forgetting["task"]))
 
     @property
+    def stacks(self) -> tuple[str, ...]:
+        """Names of the stacks that were compared."""
+        return tuple(dict.fromkeys(self.forgetting["stack"].astype(str)))
+
+    def of_stack(self, stack: str) -> Comparison:
+        """The same with the tables of hidden states (forgetting, drift, CKA) of one stack alone.
+
+        Raises:
+            UsageError: that stack was not compared.
+        """
+        if stack not in self.stacks:
+            raise UsageError(f"No stack {stack!r} was compared.{did_you_mean(stack, self.stacks)}")
+        tables = {n: getattr(self, n) for n in ("forgetting", "drift", "cka_map")}
+        own = {n: t[t["stack"] == stack].reset_index(drop=True) for n, t in tables.items() if t is not None}
+        return replace(self, **own)
+
+    @property
     def metric(self) -> Literal["accuracy", "bits"]:
         """What the page shows: accuracy, or bits where all tasks are tasks of numbers, which have no accuracy."""
         return "accuracy" if (self.forgetting["metric"] == "accuracy").any() else "bits"
@@ -143,20 +160,21 @@ class Comparison:
         return rows[(rows["control"] == control) | ~has].reset_index(drop=True)
 
     def summary(self, *, metric: Literal["accuracy", "bits"] | None = None) -> pd.DataFrame:
-        """Per model and task, at the hidden state where the task could be read best before training.
+        """Per model, task and stack, at the hidden state where the task could be read best before training.
 
         The hidden state is chosen by the task's own score before training alone, so that looking for a loss does not
         find one.
 
-        Columns: model, task, level, hidden; ``pre`` and ``recoverable``, the task's own score before and after;
+        Columns: model, task, level, stack, hidden; ``pre`` and ``recoverable``, the task's own score before and after;
         ``lost_alone``, their difference; then, less the control task where there is one, ``lost``, ``ci_low``,
         ``ci_high``, ``p_layers``, ``moved``, ``re_encoded``; ``worst`` and ``worst_hidden``, the largest loss of any
         hidden state.
         """
         alone = self.to_pandas(metric=metric, control="none")
         rows = []
-        for (model, task), own in self.to_pandas(metric=metric).groupby(["model", "task"], sort=False):
-            its = alone[(alone["model"] == model) & (alone["task"] == task)]
+        keys = ["model", "task", "stack"]
+        for (model, task, stack), own in self.to_pandas(metric=metric).groupby(keys, sort=False, observed=True):
+            its = alone[(alone["model"] == model) & (alone["task"] == task) & (alone["stack"] == stack)]
             plain, wide = (
                 t.pivot_table(index="hidden", columns="term", values="value", sort=False, dropna=False)
                 for t in (its, own)
@@ -167,7 +185,7 @@ class Comparison:
             lost = own[(own["term"] == "lost") & (own["hidden"] == best)].iloc[0]
             rows.append(
                 {
-                    "model": model, "task": task, "level": own["level"].iloc[0], "hidden": best,
+                    "model": model, "task": task, "level": own["level"].iloc[0], "stack": str(stack), "hidden": best,
                     "pre": plain.loc[best, "pre"], "recoverable": plain.loc[best, "recoverable"],
                     "lost_alone": plain.loc[best, "lost"], "lost": lost["value"], "ci_low": lost["ci_low"],
                     "ci_high": lost["ci_high"], "p_layers": lost["p_layers"], "moved": wide.loc[best, "moved"],
@@ -180,9 +198,11 @@ class Comparison:
         """:meth:`summary` as a table that pastes; differences are in points of accuracy, or bits."""
         metric = self.metric if metric is None else metric
         unit, factor, digits = ("points", 100.0, 1) if metric == "accuracy" else ("bits", 1.0, 3)
+        several = len(self.stacks) > 1
         lines = [
-            f"| model | task | at | before | after | lost ({unit}) | moved | re-encoded | largest loss |",
-            "|---|---|--:|--:|--:|---|--:|--:|--:|",
+            f"| model | task |{' stack |' * several} at | before | after | lost ({unit}) | moved | re-encoded | "
+            "largest loss |",
+            f"|---|---|{'---|' * several}--:|--:|--:|---|--:|--:|--:|",
         ]
 
         def number(value: float) -> str:
@@ -190,8 +210,9 @@ class Comparison:
 
         for row in self.summary(metric=metric).to_dict("records"):
             mark = "*" if row["p_layers"] < 0.05 else ""
+            task = f"{row['task']} | {row['stack']}" if several else row["task"]
             lines.append(
-                f"| {row['model']} | {row['task']} | {row['hidden']} | {row['pre']:.3f} | {row['recoverable']:.3f} | "
+                f"| {row['model']} | {task} | {row['hidden']} | {row['pre']:.3f} | {row['recoverable']:.3f} | "
                 f"{number(row['lost'])}{mark} [{number(row['ci_low'])} {number(row['ci_high'])}] | "
                 f"{number(row['moved'])} | {number(row['re_encoded'])} | "
                 f"{number(row['worst'])} at {row['worst_hidden']} |"
@@ -205,14 +226,17 @@ class Comparison:
         found = [model_in_words(self, model) for model in self.models]
         return found if self.sequence is None else [*found, sequence_in_words(self)]
 
-    def plot(self, ax: Axes | None = None, *, model: str | None = None) -> Axes:
-        """Lost, moved and re-encoded by hidden state, mean over tasks; see :mod:`analysis.comparison_displays`."""
+    def plot(self, ax: Axes | None = None, *, model: str | None = None, stack: str | None = None) -> Axes:
+        """Lost, moved and re-encoded by hidden state, mean over tasks, of the first model and stack unless named.
+
+        See :mod:`analysis.comparison_displays`.
+        """
         from analysis.comparison_displays import plot_forgetting
 
         chosen = self.models[0] if model is None else model
         if chosen not in self.models:
             raise UsageError(f"No model {chosen!r}; there are {', '.join(self.models)}.")
-        rows = self.to_pandas()
+        rows = self.of_stack(self.stacks[0] if stack is None else stack).to_pandas()
         return plot_forgetting(rows[rows["model"] == chosen], ax=ax)
 
     def __repr__(self) -> str:

@@ -75,11 +75,23 @@ def write_comparison_report(comparison: Comparison) -> tuple[Path, ...]:
 def _forgetting_figures(comparison: Comparison) -> list[tuple[str, str, Figure]]:
     from analysis.comparison_displays import forgetting_figure, loss_map
 
-    rows = comparison.to_pandas()
-    return [
-        ("forgetting", "Lost, moved and re-encoded by hidden state, mean over tasks", forgetting_figure(rows)),
-        ("loss_map", "Lost by task and hidden state", loss_map(rows)),
-    ]
+    found = []
+    for suffix, where, own in _by_stack(comparison):
+        rows = own.to_pandas()
+        rows = rows.assign(model=rows["model"] + where)  # a picture by itself says its stack, too
+        title = f"Lost, moved and re-encoded by hidden state, mean over tasks{where}"
+        found += [
+            (f"forgetting{suffix}", title, forgetting_figure(rows)),
+            (f"loss_map{suffix}", f"Lost by task and hidden state{where}", loss_map(rows)),
+        ]
+    return found
+
+
+def _by_stack(comparison: Comparison) -> list[tuple[str, str, Comparison]]:
+    """Suffix of file names, words in titles, and the comparison of each stack; the first one's files have no suffix."""
+    if len(comparison.stacks) == 1:
+        return [("", "", comparison)]
+    return [(f"-{s}" if i else "", f" ({s})", comparison.of_stack(s)) for i, s in enumerate(comparison.stacks)]
 
 
 def _drift_figures(comparison: Comparison) -> list[tuple[str, str, Figure]]:
@@ -88,16 +100,16 @@ def _drift_figures(comparison: Comparison) -> list[tuple[str, str, Figure]]:
     from analysis.drift_displays import plot_cka_map, plot_drift
 
     figures = []
-    for i, model in enumerate(comparison.drift["model"].unique()):
-        for kind, table, draw in (
-            ("drift", comparison.drift, plot_drift),
-            ("cka_map", comparison.cka_map, plot_cka_map),
-        ):
-            ax = draw(table[table["model"] == model])
-            figure = ax.get_figure(root=True)
-            assert figure is not None
-            title = "similarity by hidden state" if kind == "drift" else "CKA of every pair of hidden states"
-            figures.append((f"{kind}-{i}", f"{model}: {title}", figure))
+    for suffix, where, own in _by_stack(comparison):
+        assert own.drift is not None
+        assert own.cka_map is not None
+        for i, model in enumerate(own.drift["model"].unique()):
+            for kind, table, draw in (("drift", own.drift, plot_drift), ("cka_map", own.cka_map, plot_cka_map)):
+                ax = draw(table[table["model"] == model])
+                figure = ax.get_figure(root=True)
+                assert figure is not None
+                title = "similarity by hidden state" if kind == "drift" else "CKA of every pair of hidden states"
+                figures.append((f"{kind}-{i}{suffix}", f"{model}: {title}{where}", figure))
     return figures
 
 
@@ -129,7 +141,8 @@ def _task_figures(comparison: Comparison) -> tuple[list[tuple[str, str, Figure]]
         cause.append(("erasure", title, erasure_figure(comparison.erasure)))
     if comparison.use is not None:
         use.append(("use", "Conductance through each block’s branches", use_figure(comparison.use)))
-    figure = beside_figure(comparison)
-    if figure is not None:
-        beside.append(("beside", "Forgetting, drift, cause and use by hidden state", figure))
+    for suffix, where, own in _by_stack(comparison):
+        figure = beside_figure(own)
+        if figure is not None:
+            beside.append((f"beside{suffix}", f"Forgetting, drift, cause and use by hidden state{where}", figure))
     return cause, use, beside

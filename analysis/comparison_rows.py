@@ -34,9 +34,11 @@ def _numbers(comparison: Comparison, *, sign: bool = True) -> Callable[[float], 
 def summary_rows(comparison: Comparison) -> Rows:
     """Per model and task, at the hidden state where the task could be read best before training."""
     number, plain = _numbers(comparison), _numbers(comparison, sign=False)
+    several = len(comparison.stacks) > 1
     return [
         {
-            "model": r["model"], "task": r["task"], "level": r["level"], "at": str(r["hidden"]),
+            "model": r["model"], "task": r["task"], "level": r["level"], **({"stack": r["stack"]} if several else {}),
+            "at": str(r["hidden"]),
             "before": plain(r["pre"]),
             "after": plain(r["recoverable"]), "lost": number(r["lost"]),
             "95 %": f"{number(r['ci_low'])} to {number(r['ci_high'])}", "p": f"{r['p_layers']:.3f}",
@@ -84,7 +86,10 @@ def _plain(value: Any) -> str:
 
 
 def beside_rows(comparison: Comparison) -> Rows:
-    """Forgetting, drift, cause and use of every model and hidden state, one under the other."""
+    """Forgetting, drift, cause and use of every model, stack and hidden state, one under the other."""
+    if len(comparison.stacks) > 1:
+        parts = {s: comparison.of_stack(s) for s in comparison.stacks}
+        return [{"stack": s, **row} for s, part in parts.items() for row in beside_rows(part)]
     rows = comparison.to_pandas()
     rows = rows[rows["term"].isin(["pre", "lost", "moved", "re-encoded"])]
     mean = rows.groupby(["model", "hidden", "term"], sort=False)["value"].mean().unstack("term")

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
 def model_in_words(comparison: Comparison, model: str) -> str:
     """What training changed in one model: forgetting, then cause and use where they were measured."""
+    if len(comparison.stacks) == 1:
+        return " ".join([f"{model}: {_stack_in_words(comparison, model)}", *_task_in_words(comparison, model)])
+    found = [f"{s.capitalize()}: {_stack_in_words(comparison.of_stack(s), model)}" for s in comparison.stacks]
+    return " ".join([f"{model}.", *found, *_task_in_words(comparison, model)])
+
+
+def _stack_in_words(comparison: Comparison, model: str) -> str:
+    """What training changed in the hidden states of the one stack that the comparison is of."""
     facts = comparison.run["models"][model]
     rows = comparison.to_pandas()
     rows = rows[rows["model"] == model]
@@ -22,12 +30,10 @@ def model_in_words(comparison: Comparison, model: str) -> str:
         return f"{100 * value:.1f} points" if comparison.metric == "accuracy" else f"{value:.3f} bits"
 
     last = int(rows["hidden"].max())
-    shared = facts["unchanged"]
-    head = f"{model}: "
+    shared = facts.get("unchanged_by_stack", {}).get(comparison.stacks[0], facts["unchanged"])
     if shared > last:
-        head += "no hidden state differs from those before training; every term is exactly 0."
-        return " ".join([head, *_task_in_words(comparison, model)])
-    head += f"hidden states {shared} to {last} changed" + (f", 0 to {shared - 1} are as before. " if shared else ". ")
+        return "no hidden state differs from those before training; every term is exactly 0."
+    head = f"hidden states {shared} to {last} changed" + (f", 0 to {shared - 1} are as before. " if shared else ". ")
     own = comparison.summary()
     own = own[own["model"] == model]
     lost = own[(own["p_layers"] < 0.05) & (own["lost"] > 0)].sort_values("lost", ascending=False)
@@ -46,7 +52,7 @@ def model_in_words(comparison: Comparison, model: str) -> str:
     text += f"At the last hidden state the mean over tasks is {', '.join(parts)}."
     if facts["missing"]:
         text += f" Not compared: {facts['missing'].rstrip('.')}."
-    return " ".join([text, *_task_in_words(comparison, model)])
+    return text
 
 
 def _task_in_words(comparison: Comparison, model: str) -> list[str]:

@@ -103,7 +103,9 @@ def read_evidence(path: str | Path, claim: Hypothesis) -> list[Evidence]:
         if (path / "forgetting.parquet").is_file():
             return _of_comparison(Comparison.load(path), claim)
         if (path / "scores.parquet").is_file():
-            return [_of_run(ProbeResults.load(path), name=_name(path))]
+            results = ProbeResults.load(path)
+            ends = {s: f" ({s})" if len(results.stacks) > 1 else "" for s in results.stacks}
+            return [_of_run(results.of_stack(s), name=f"{_name(path)}{end}") for s, end in ends.items()]
         raise DataError(
             f"{path} is neither a folder of spafit-probe (no scores.parquet) nor of spafit compare (no "
             "forgetting.parquet). Give one of these, a CSV of published curves, or a causal table."
@@ -236,10 +238,14 @@ def _of_run(results: ProbeResults, *, name: str, effects: BlockEffects | None = 
 
 
 def _of_comparison(comparison: Comparison, claim: Hypothesis) -> list[Evidence]:
-    """One piece per model after training: the order before it, and what erasing or training did to each task."""
+    """One piece per stack and model after training: the order before it, and what erasing or training did to tasks."""
+    if len(comparison.stacks) > 1:
+        parts = {s: _of_comparison(comparison.of_stack(s), claim) for s in comparison.stacks}
+        return [replace(e, name=f"{e.name} ({s})") for s, own in parts.items() for e in own]
     folder = comparison.folder
     before = folder / "before"
     results = ProbeResults.load(before) if (before / "scores.parquet").is_file() else None
+    results = None if results is None else results.of_stack(comparison.stacks[0])
     found = []
     for model in comparison.models:
         effects, notes = _comparison_effects(comparison, model, claim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 MOST_ALIGNED = 20_000
 Metric = Literal["accuracy", "bits"]
 METRICS: tuple[Metric, ...] = ("accuracy", "bits")
-#: Corpus, unit, pooling and hidden index.
-AlignmentKey = tuple[str, str, str, int]
+#: Corpus, unit, stack, pooling and hidden index.
+AlignmentKey = tuple[str, str, str, str, int]
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,11 @@ class Side:
         plan: what was probed; None where the model is not to be had, or is the same as before training.
         results: tables of the probing run, once it is there.
         folder: of the probing run.
-        unchanged: number of hidden states that are bitwise those before training.
+        unchanged: number of hidden states that are bitwise those before training, of the first stack.
         why: why the model is not to be had.
         comparable: hidden states of both models have the same width.
         missing: what cannot be compared.
+        unchanged_by: like ``unchanged`` for each stack, where several are compared.
     """
 
     name: str
@@ -54,7 +56,8 @@ class Side:
     why: str
     comparable: bool = True
     missing: str = ""
-    stores: dict[str, ActivationStore] = field(default_factory=dict, compare=False, repr=False)
+    unchanged_by: Mapping[str, int] = field(default_factory=dict)
+    stores: dict[tuple[str, str], ActivationStore] = field(default_factory=dict, compare=False, repr=False)
     alignments: dict[AlignmentKey, Alignment | str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -64,19 +67,24 @@ class Side:
             return [t.name for t in self.plan.tasks]
         return [] if self.results is None else list(self.results.tasks)
 
-    def store(self, corpus: str) -> ActivationStore:
-        """States of one corpus, from the cache."""
+    def unchanged_of(self, stack: str) -> int:
+        """Number of hidden states of one stack that are bitwise those before training."""
+        return self.unchanged_by.get(stack, self.unchanged)
+
+    def store(self, corpus: str, stack: str | None = None) -> ActivationStore:
+        """States of one corpus at one stack (the first by default), from the cache."""
         from probing.extraction import extract
 
         assert self.plan is not None
-        if corpus not in self.stores:
+        at = self.plan.stack.path if stack is None else stack
+        if (corpus, at) not in self.stores:
             config = self.plan.config
-            self.stores[corpus] = extract(
-                self.plan.loaded, self.plan.needed[corpus].texts,
-                **extraction_options(config, self.plan.tasks, corpus), device=self.plan.device,
+            options = {**extraction_options(config, self.plan.tasks, corpus), "stack": at}
+            self.stores[corpus, at] = extract(
+                self.plan.loaded, self.plan.needed[corpus].texts, **options, device=self.plan.device,
                 cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
             )  # fmt: skip
-        return self.stores[corpus]
+        return self.stores[corpus, at]
 
     def facts(self, task: str) -> dict[str, Any]:
         """What the run's record says of a task."""
@@ -122,7 +130,7 @@ def read_task(first: Side, side: Side, name: str) -> list[TaskReadings] | None:
     old, new = (t[t["site"] == "block"] for t in (old, new))
     found = []
     for (stack, pooling, probe), own in old.groupby(["stack", "pooling", "probe"], observed=True, sort=False):
-        theirs = new[(new["pooling"] == pooling) & (new["probe"] == probe)]
+        theirs = new[(new["stack"] == stack) & (new["pooling"] == pooling) & (new["probe"] == probe)]
         keys = {
             "task": name, "level": str(facts["level"]), "unit": str(facts["unit"]), "stack": str(stack),
             "site": "block", "pooling": str(pooling), "probe": str(probe),
@@ -142,7 +150,7 @@ def _readings(
     there = set(old["control"].astype(str).unique())
     controls = [c for c in ("none", "word-type", "random-encoder") if c in there]  # a run may hold others
     before = _Arrays(old, hidden)
-    changed = [k for k, h in enumerate(hidden) if h >= side.unchanged]
+    changed = [k for k, h in enumerate(hidden) if h >= side.unchanged_of(keys["stack"])]
     after = _Arrays(new, tuple(hidden[k] for k in changed)) if changed else None
     if after is not None and not np.array_equal(after.items, before.items):
         raise DataError(
@@ -239,7 +247,7 @@ def _fill_transferred(
     reasons: list[str],
 ) -> None:
     """Put in what the probes of before say about the states after, as they are and aligned."""
-    changed = [(k, h) for k, h in enumerate(hidden) if h >= side.unchanged]
+    changed = [(k, h) for k, h in enumerate(hidden) if h >= side.unchanged_of(keys["stack"])]
     if not changed:
         return
     if first.plan is None or side.plan is None or not side.comparable or first.folder is None:
@@ -248,8 +256,8 @@ def _fill_transferred(
             reasons[k] = why
         return
     task = next(t for t in first.plan.tasks if t.name == keys["task"])
-    pooling = keys["pooling"]
-    own, theirs = first.store(task.corpus.name), side.store(task.corpus.name)
+    pooling, stack = keys["pooling"], keys["stack"]
+    own, theirs = first.store(task.corpus.name, stack), side.store(task.corpus.name, stack)
     family = parse_probe(keys["probe"])
     _, usable = rows_of_items(first.plan, task, own)
     new_rows, new_usable = rows_of_items(side.plan, task, theirs, family=family)
@@ -261,12 +269,13 @@ def _fill_transferred(
             reasons[k] = "the tokenizers leave different items without a state"
         return
     probes = stored_probes(
-        first.folder, task, first.plan.settings, usable=usable, site="block", pooling=pooling, probe=keys["probe"]
-    )
+        first.folder, task, first.plan.settings, usable=usable, site="block", pooling=pooling, probe=keys["probe"],
+        stack=stack,
+    )  # fmt: skip
     for k, h in changed:
         states = family_states(family, task, theirs, new_rows[test], pooling=pooling, hidden=h)
         _fill(values, 1, k, probes, h, states, test)
-        alignment = _alignment(first, side, task, pooling, h)
+        alignment = _alignment(first, side, task, stack, pooling, h)
         if isinstance(alignment, str):
             reasons[k] = alignment
         else:
@@ -289,9 +298,9 @@ def _fill(
                 four[m, reading, here, k] = scores
 
 
-def _alignment(first: Side, side: Side, task: Task, pooling: str, hidden: int) -> Alignment | str:
+def _alignment(first: Side, side: Side, task: Task, stack: str, pooling: str, hidden: int) -> Alignment | str:
     """The rigid map of one hidden state, fitted on training sentences of the corpus, or why there is none."""
-    key = (task.corpus.name, "word" if task.span_columns else "sentence", pooling, hidden)
+    key = (task.corpus.name, "word" if task.span_columns else "sentence", stack, pooling, hidden)
     if key not in side.alignments:
         side.alignments[key] = _fit_alignment(first, side, key)
     return side.alignments[key]
@@ -299,8 +308,8 @@ def _alignment(first: Side, side: Side, task: Task, pooling: str, hidden: int) -
 
 def _fit_alignment(first: Side, side: Side, key: AlignmentKey) -> Alignment | str:
     assert first.plan is not None
-    corpus, unit, pooling, hidden = key
-    stores = first.store(corpus), side.store(corpus)
+    corpus, unit, stack, pooling, hidden = key
+    stores = first.store(corpus, stack), side.store(corpus, stack)
     needed = first.plan.needed[corpus]
     free = np.ones(len(needed.texts), dtype=bool)
     for task in first.plan.tasks:

@@ -152,6 +152,7 @@ def sensitivity(results: ProbeResults | Sequence[ProbeResults], *, n_boot: int =
     """
     runs = [results] if not isinstance(results, Sequence) else list(results)
     base, blocks = runs[0], int(runs[0].run["model"]["blocks"])
+    check_one_stack(base)
     for other in runs[1:]:
         _check_same_model(base, other)
     rows: list[dict[str, Any]] = []
@@ -191,6 +192,19 @@ def sensitivity(results: ProbeResults | Sequence[ProbeResults], *, n_boot: int =
             "--probe linear,mlp:64, --seeds 3, or --train-sizes 500."
         )
     return Sensitivity(pd.DataFrame(rows, columns=list(COLUMNS)), blocks)
+
+
+def check_one_stack(base: ProbeResults) -> None:
+    """Refuse a run of several stacks.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if len(base.stacks) > 1:
+        raise UsageError(
+            f"{base.folder} is a run of the stacks {', '.join(base.stacks)}, and sensitivity is of one. Probe with one "
+            "--stack."
+        )
 
 
 def _check_same_model(base: ProbeResults, other: ProbeResults) -> None:

@@ -113,8 +113,8 @@ def later_side(reference: Any, name: str, first: Side, folder: Path, seconds: di
         if side.plan is None or first.plan is None:
             return side
         loaded = side.plan.loaded
-        unchanged = _unchanged(first.plan.loaded, loaded, side.plan.config.stack)
-        return replace(side, unchanged=unchanged, **_fit(first, loaded, unchanged))
+        unchanged = _unchanged(first, loaded)
+        return replace(side, **_counts(first, unchanged), **_fit(first, loaded, unchanged))
     if first.plan is None:
         raise UsageError(
             f"{first.why}. Give run folders for the models after training, too, or a model before training that can be "
@@ -128,44 +128,62 @@ def later_side(reference: Any, name: str, first: Side, folder: Path, seconds: di
             reference if isinstance(reference, LoadedModel)
             else load_model(_checked(reference), offline=base.offline, allow_pickle=base.allow_pickle)
         )  # fmt: skip
-    unchanged = _unchanged(first.plan.loaded, loaded, base.stack)
-    same = unchanged > first.plan.stack.num_blocks
+    unchanged = _unchanged(first, loaded)
     fit = _fit(first, loaded, unchanged)
-    if same:
-        return Side(name, None, None, None, unchanged=unchanged, why="", **fit)
+    if not fit["comparable"]:
+        unchanged = dict.fromkeys(unchanged, 0)
+    changed = [s for s in first.plan.stacks if unchanged[s.name] <= s.num_blocks]
+    if not changed:
+        return Side(name, None, None, None, why="", **_counts(first, unchanged), **fit)
+    several = len(first.plan.stacks) > 1
+    layers = [f"{s.name}:" * several + f"{unchanged[s.name]}-{s.num_blocks}" for s in changed]
     out = folder / "after" / name
     config = replace(
         base, model=named_reference(reference), revision=None,
         controls=tuple(c for c in base.controls if c == "word-type"),
-        layers="all" if not fit["comparable"] else f"{unchanged}-{first.plan.stack.num_blocks}",
+        layers="all" if not fit["comparable"] else ",".join(layers),
+        stack=",".join(s.name for s in changed) if several else base.stack,
         tasks=tuple(t.name for t in first.plan.tasks), out=str(out), measures=(),
     )  # fmt: skip
     plan = plan_probing(config, model=loaded, given=first.plan.tasks, only_given=True)
-    return Side(name, plan, None, out, unchanged=unchanged if fit["comparable"] else 0, why="", **fit)
+    return Side(name, plan, None, out, why="", **_counts(first, unchanged), **fit)
 
 
-def _unchanged(before: LoadedModel, after: LoadedModel, stack: str | None) -> int:
-    return unchanged_hidden(before, after, stack=stack) if before.tokenizer_digest == after.tokenizer_digest else 0
+def _unchanged(first: Side, after: LoadedModel) -> dict[str, int]:
+    """Unchanged hidden states of every stack that is compared, by its name."""
+    assert first.plan is not None
+    before, stacks = first.plan.loaded, first.plan.stacks
+    if before.tokenizer_digest != after.tokenizer_digest:
+        return dict.fromkeys((s.name for s in stacks), 0)
+    one = first.plan.config.stack if len(stacks) == 1 else None
+    return {s.name: unchanged_hidden(before, after, stack=one if len(stacks) == 1 else s.name) for s in stacks}
 
 
-def _fit(first: Side, loaded: LoadedModel, unchanged: int) -> dict[str, Any]:
+def _counts(first: Side, unchanged: dict[str, int]) -> dict[str, Any]:
+    assert first.plan is not None
+    return {"unchanged": unchanged[first.plan.stack.name], "unchanged_by": unchanged}
+
+
+def _fit(first: Side, loaded: LoadedModel, unchanged: dict[str, int]) -> dict[str, Any]:
     """Whether hidden states of one model stand beside those of the other, and what cannot be compared."""
-    from probing.forward import pick_stack
+    from probing.forward import pick_stacks
 
     assert first.plan is not None
-    old, new = first.plan.stack, pick_stack(loaded, first.plan.config.stack)
-    if new.num_blocks != old.num_blocks:
-        raise UsageError(
-            f"{loaded.name} has {new.num_blocks} blocks and {first.plan.loaded.name} has {old.num_blocks}: no hidden "
-            "state of one stands for one of the other. Compare checkpoints of one architecture; curves of different "
-            "models over relative depth come from spafit-probe --model A --model B."
-        )
+    pairs = list(zip(first.plan.stacks, pick_stacks(loaded, first.plan.config.stack), strict=True))
+    for old, new in pairs:
+        if new.num_blocks != old.num_blocks:
+            raise UsageError(
+                f"{loaded.name} has {new.num_blocks} blocks and {first.plan.loaded.name} has {old.num_blocks}: no "
+                "hidden state of one stands for one of the other. Compare checkpoints of one architecture; curves of "
+                "different models over relative depth come from spafit-probe --model A --model B."
+            )
+    old, new = next(((a, b) for a, b in pairs if a.width != b.width), pairs[0])
     missing = ""
     if new.width != old.width:
         missing = f"the widths differ ({old.width} and {new.width}), so probes do not transfer; only lost is given. "
     elif loaded.tokenizer_digest != first.plan.loaded.tokenizer_digest:
         missing = "the tokenizers differ, so that part of a change may be other tokens. "
-    elif _on_other_base(first.plan.loaded, loaded, unchanged):
+    elif _on_other_base(first.plan.loaded, loaded, max(unchanged.values())):
         missing = f"the adapter was trained on another base than {first.plan.loaded.name}, whose change counts, too. "
     return {"comparable": new.width == old.width, "missing": missing}
 

@@ -51,6 +51,11 @@ def tradeoff(
     found = [c if isinstance(c, Comparison) else Comparison.load(c) for c in comparisons]
     if not found:
         raise UsageError("Give at least one comparison.")
+    if len({c.stacks for c in found}) > 1 or len(found[0].stacks) > 1:
+        raise UsageError(
+            f"A trade-off has one number of forgetting per task, and these comparisons are of the stacks "
+            f"{', '.join(dict.fromkeys(s for c in found for s in c.stacks))}. Compare with one --stack."
+        )
     _check_same_start(found)
     names = sorted({t for c in found for t in c.tasks})
     for task in tasks or ():

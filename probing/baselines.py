@@ -152,6 +152,8 @@ def _strings(task: Task) -> list[list[tuple[str, str]]]:
         parts = [("", text.string)]
         if text.second is not None:
             parts.append(("second ", text.second))
+        if text.target is not None:
+            parts.append(("target ", text.target))
         parts += [("second ", texts[i].string) for i in values[1:n_texts]]
         for k, span in enumerate(values[n_texts:]):
             parts.append((f"span {k} ", text.string[slice(*text.spans[span])]))

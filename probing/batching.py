@@ -246,6 +246,11 @@ def plan_extraction(
         reader = loaded.image_processor.digest if loaded.image_processor is not None else "", grid.tokens
     else:
         encoded, feeding = _encode(loaded, chosen_texts, digest, numbers=unique), _feeding(loaded, chosen)
+        if feeding is None and any(t.target is not None for t in chosen_texts):
+            raise ModelError(
+                f"The texts have targets, and {loaded.name} has no decoder that could read them beside its encoder. "
+                "Read both texts as one (pairs=cross), or each alone (pairs=features)."
+            )
     lengths = encoded.lengths
     if feeding is not None:
         fed = fed_texts(feeding, loaded.tokenizer, chosen_texts, encoded, numbers=unique)

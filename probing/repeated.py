@@ -12,6 +12,7 @@ from probing.batching import plan_extraction, word_rows
 from probing.shard_runs import shard_runner
 from probing.shared_prefix import Bottom, Top, attached
 from probing.tasks.base import Task, Text
+from probing.teacher_forcing import reads_encoder
 
 if TYPE_CHECKING:
     from spafit.models import LoadedModel
@@ -49,6 +50,8 @@ class RepeatedStates:
         self.device, self.pooling = device, pooling
         self._words, self._sentences, self._offsets, _ = word_rows(self.plan)
         depth = min(unchanged, self.plan.stack.num_blocks) - 1  # blocks whose outputs are kept
+        if reads_encoder(self.plan.stack):
+            depth = 0
         self._bottom = Bottom(self.plan, [depth], device) if depth > 0 else None
         self._top = Top(self.plan, max(depth, 0), device)
         self._kept: dict[str, np.ndarray] = {}

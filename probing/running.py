@@ -302,7 +302,7 @@ def _probe_one(
     """Fit, score and save one task; returns notes on what was left out."""
     notes: list[str] = []
     parts = [_probe_stack(plan, stack, task, stores, progress, seconds, notes) for stack in plan.stacks]
-    scores, items = ([table for part in parts for table in part[i]] for i in (0, 1))
+    scores, items = [table for part in parts for table in part[0]], [table for part in parts for table in part[1]]
     several = len(plan.stacks) > 1
     weights = {
         f"{stack.name}/{key}" if several else key: value

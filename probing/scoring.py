@@ -116,7 +116,7 @@ def item_table(task: Task, fit: TaskFit, *, where: dict[str, str]) -> pd.DataFra
     """
     items = task.items.iloc[fit.test]
     texts = [task.corpus.texts[i] for i in items["text"]]
-    seconds = [t.second for t in texts]
+    seconds = [t.second if t.target is None else t.target for t in texts]
     if len(task.text_columns) == 2:
         seconds = [task.corpus.texts[i].string for i in items["text2"]]
     shown = [t.string if s is None else f"{t.string} ⏐ {s}" for t, s in zip(texts, seconds, strict=True)]

@@ -16,10 +16,11 @@ import numpy as np
 from probing.batching import ExtractionPlan, plan_extraction
 from probing.cache import claim, lease, make_room, unclaim, write_facts
 from probing.extraction import store_facts
-from probing.forward import Backbone, pick_stack
+from probing.forward import Backbone, backbone_path, pick_stack
 from probing.shard_runs import shard_runner
 from probing.store import shard_state, stored_bytes, write_shard
 from probing.tasks.base import Text
+from probing.teacher_forcing import reads_encoder
 from spafit.digests import settings_digest
 from spafit.errors import ModelError
 from spafit.layout import is_inside
@@ -50,7 +51,25 @@ def unchanged_hidden(before: LoadedModel, after: LoadedModel, *, stack: str | No
     if {n: (t.shape, t.dtype) for n, t in states[0].items()} != {n: (t.shape, t.dtype) for n, t in states[1].items()}:
         return 0
     changed = [n for n in states[0] if not torch.equal(states[0][n], states[1][n].to(states[0][n].device))]
+    if any(reads_encoder(s) for s in before.stacks):
+        return _first_reader_of_two(changed, before, stacks[0])
     return first_reader(changed, stacks[0])
+
+
+def _first_reader_of_two(changed: Sequence[str], loaded: LoadedModel, stack: Stack) -> int:
+    """:func:`first_reader` for one stack of an encoder-decoder, whose changed tensors are named under every tied name.
+
+    An encoder reads what is in its own part of the model. A decoder reads its own part, and from block 0 on the
+    encoder's states; its embeddings do not.
+    """
+    homes = {s.path: backbone_path(loaded.model, s)[0] for s in loaded.stacks}
+    own = first_reader([n for n in changed if is_inside(n, homes[stack.path])], stack)
+    if not reads_encoder(stack):
+        return own
+    feeds = [homes[s.path] for s in loaded.stacks if not reads_encoder(s)]
+    if any(is_inside(n, f) for n in changed for f in (*feeds, "enc_to_dec_proj")):
+        return min(own, 1)
+    return own
 
 
 def first_reader(changed: Sequence[str], stack: Stack) -> int:
@@ -96,6 +115,8 @@ def extract_sharing(
     if not {"block", "final_norm"} >= set(options.get("sites", ("block",))):
         return
     own = plan_extraction(before, texts, cache_dir=cache_dir, **options)
+    if reads_encoder(own.stack):  # its blocks need the encoder's states, which are not kept
+        return
     plans = {}
     for name, (model, shared) in after.items():
         plan = plan_extraction(model, texts, cache_dir=cache_dir, **options)

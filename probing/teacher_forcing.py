@@ -100,22 +100,24 @@ def feeding_of(loaded: LoadedModel) -> Feeding | None:
             f"{what}, and its vocabulary of {sizes[1]} tokens is not the encoder's of {sizes[0]}, so the text cannot "
             "be fed to it with one tokenizer. Probe the encoder (--stack encoder)."
         )
-    start, guessed = _start(loaded)
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise ModelError(f"{what}, and the model has no tokenizer. Give one with the model.")
+    start, guessed = _start(loaded, tokenizer)
     path = _home(loaded.model, crossed[0])
     return Feeding(
-        encoders[0], crossed[0], start, str(loaded.tokenizer.convert_ids_to_tokens(start)), guessed,
+        encoders[0], crossed[0], start, str(tokenizer.convert_ids_to_tokens(start)), guessed,
         model_window(loaded.model.get_submodule(path), loaded.tokenizer),
     )  # fmt: skip
 
 
-def _start(loaded: LoadedModel) -> tuple[int, bool]:
+def _start(loaded: LoadedModel, tokenizer: Any) -> tuple[int, bool]:
     config: Any = getattr(loaded.model, "config", None)
     generation = getattr(loaded.model, "generation_config", None)
     for place in (config, generation):
         token = getattr(place, "decoder_start_token_id", None)
         if isinstance(token, int):
             return token, False
-    tokenizer = loaded.tokenizer
     for token in (getattr(config, "bos_token_id", None), tokenizer.bos_token_id, tokenizer.cls_token_id):
         if isinstance(token, int):
             return token, True
@@ -157,7 +159,7 @@ def fed_texts(
     if not len(targeted):
         return own
     numbers = np.arange(len(texts)) if numbers is None else numbers
-    targets = [Text(str(texts[i].target)) for i in targeted]
+    targets = [Text(str(texts[int(i)].target)) for i in targeted]
     read = encode_texts(tokenizer, targets, max_length=feeding.window, numbers=numbers[targeted])
     read = shifted_right(read, start=feeding.start, window=feeding.window)
     return _replaced(own, targeted, read)
@@ -201,7 +203,7 @@ def _replaced(encoded: EncodedTexts, at: np.ndarray, other: EncodedTexts) -> Enc
     truncated[at] = other.truncated
     return replace(
         encoded,
-        **{name: np.concatenate(pieces) for name, pieces in parts.items()},  # type: ignore[arg-type]
+        **{name: np.concatenate(pieces) for name, pieces in parts.items()},
         token_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         word_first=np.where(words, -1, encoded.word_first),
         word_last=np.where(words, -1, encoded.word_last),

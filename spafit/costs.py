@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spafit.layout import iter_linears
@@ -37,12 +38,12 @@ def step_cost(model: Any, plan: ResolvedPlan, *, cached_prefix: bool = False, he
         first = plan.first_trained_block(stack.name)
         own = [p for p in plan.parts if p.stratum is not None and p.stratum.stack == stack.name]
         for block, path in enumerate(stack.block_paths):
-            part = next(p for p in own if p.stratum is not None and p.stratum.blocks[0] <= block < p.stratum.blocks[1])
-            matrix, low_rank = _products(base.get_submodule(path), path, part)
+            here = [p for p in own if p.stratum is not None and p.stratum.blocks[0] <= block < p.stratum.blocks[1]]
+            matrix, low_rank, full = _products(base.get_submodule(path), path, here)
             total += matrix
             forward += 0.0 if cached_prefix and block < first else matrix + low_rank
             backward += matrix + low_rank if block >= first else 0.0
-            weights += low_rank + (matrix if part.method == "full" else 0.0)
+            weights += low_rank + full
     head = _head_products(base) if head_share is None else head_share * total
     trained = next((p for p in plan.parts if p.name == "head"), None)
     forward += head
@@ -51,18 +52,21 @@ def step_cost(model: Any, plan: ResolvedPlan, *, cached_prefix: bool = False, he
     return (forward + backward + weights) / (total + head)
 
 
-def _products(block: Any, path: str, part: Any) -> tuple[float, float]:
-    """Multiplications per token of a block's own matrices, and of the low-rank updates on them."""
-    matrix = low_rank = 0.0
-    lora = part.stratum.lora
+def _products(block: Any, path: str, parts: Sequence[Any]) -> tuple[float, float, float]:
+    """Multiplications per token of a block's own matrices, of low-rank updates on them, and of matrices in full."""
+    matrix = low_rank = whole = 0.0
+    several = len(parts) > 1  # cross-attention with a method of its own
     for name, inputs, outputs in iter_linears(block):
         if ".lora_" in f".{name}" or ".original_module." in f"{name}.":
             continue
         matrix += inputs * outputs
         full = f"{path}.{name}".replace(".base_layer", "")
+        part = next((p for p in parts if f"{full}.weight" in p.own), parts[0]) if several else parts[0]
+        whole += inputs * outputs if part.method == "full" else 0.0
+        lora = part.stratum.lora
         if lora is not None and full in part.targets and full not in part.bias_only:
             low_rank += lora.rank * (inputs + outputs)
-    return matrix, low_rank
+    return matrix, low_rank, whole
 
 
 def _head_products(base: Any) -> float:

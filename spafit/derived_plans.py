@@ -75,7 +75,7 @@ def count_only_plan(
     from spafit.presets import three_strata_config
 
     trained = {
-        stack: sum(s.blocks[1] - s.blocks[0] for s in plan.strata if s.stack == stack and s.method != "freeze")
+        stack: sum(s.blocks[1] - s.blocks[0] for s in plan.strata if s.stack == stack and s.is_trained)
         for stack in plan.blocks
     }
     if not any(trained.values()):

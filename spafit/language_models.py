@@ -75,7 +75,13 @@ def load_language_model(
     if found.kind == "gguf":
         settings["gguf_file"] = found.weights[0]  # files of this kind hold decoders with their head
     else:
-        named = next(iter(read_config(found.folder / "config.json").get("architectures") or ()), "")
+        config = read_config(found.folder / "config.json")
+        named = next(iter(config.get("architectures") or ()), "")
+        if config.get("is_encoder_decoder"):
+            raise ModelError(
+                f"{found.label} is an encoder-decoder, whose head continues what its decoder wrote about another text; "
+                "retention is of causal and masked language models. Compare its stacks by probing."
+            )
         if "ForMaskedLM" in named or "ForPreTraining" in named:
             kind = "masked"
         elif "ForCausalLM" not in named and "LMHead" not in named:

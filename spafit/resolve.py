@@ -22,10 +22,10 @@ class Part:
     """One stratum, or one place outside the blocks, on a real model.
 
     Attributes:
-        name: ``encoder [0, 3)``, or the place: ``embeddings``, ``pooler``, ``head``, ``final_norm``,
-            ``projector``.
+        name: ``encoder [0, 3)``; ``decoder [0, 3) cross`` for cross-attention with a method of its own; or the place:
+            ``embeddings``, ``pooler``, ``head``, ``final_norm``, ``projector``.
         method: how it trains.
-        stratum: the plan's stratum; None outside the blocks.
+        stratum: the plan's stratum, or the piece of it that speaks of cross-attention; None outside the blocks.
         modules: full dotted names of the modules that the method touches, in the model's order.
         saved: those of them that train whole and are kept in the adapter (norms, blocks, heads).
         targets: those of them that get a PEFT layer.
@@ -118,9 +118,10 @@ def resolve(model: nn.Module, config: StrataConfig, *, stacks: tuple[Stack, ...]
     names = [n for n in parameters if n not in tied]
     notes: list[str] = []
     parts = [
-        _stratum_part(model, stack, stratum, names, notes)
+        _stratum_part(model, config, stack, stratum, piece, names, notes)
         for stack in stacks
         for stratum in sorted((s for s in config.strata if s.stack == stack.name), key=lambda s: s.blocks)
+        for piece in stratum.pieces
     ]
     for stack in stacks:
         _check_shared(stack, config)
@@ -137,11 +138,24 @@ def resolve(model: nn.Module, config: StrataConfig, *, stacks: tuple[Stack, ...]
     return plan
 
 
-def _stratum_part(model: nn.Module, stack: Stack, stratum: Stratum, names: list[str], notes: list[str]) -> Part:
+def _stratum_part(
+    model: nn.Module,
+    config: StrataConfig,
+    stack: Stack,
+    whole: Stratum,
+    stratum: Stratum,
+    names: list[str],
+    notes: list[str],
+) -> Part:
+    """One piece of the stratum ``whole``: all of its blocks, or their cross-attention, or what is left without it."""
     start, stop = stratum.blocks
     blocks = list(dict.fromkeys(stack.block_paths[start:stop]))
     own = tuple(n for n in names if any(is_inside(n, b) for b in blocks))
     method, targets, saved, biases = stratum.method, [], [], []
+    crossed: list[bool] = [False, True] if whole.cross is None else [stratum is not whole]
+    if whole.cross is not None:
+        cross = _cross_attention(model, stack, whole, names)
+        own = tuple(n for n in own if (n in cross) == crossed[0])
 
     def of_roles(roles: Iterable[str], *, field: str) -> list[str]:
         found: dict[str, None] = {}
@@ -164,15 +178,23 @@ def _stratum_part(model: nn.Module, stack: Stack, stratum: Stratum, names: list[
     added: list[str] = []
     bias_only: list[str] = []
     if stratum.adds_biases:
-        roles = stratum.bias_added or [r for r in LINEAR_ROLES if r in stack.roles]
+        roles = stratum.bias_added or [
+            r for r in LINEAR_ROLES if r in stack.roles and r.startswith("cross_") in crossed
+        ]
         added = of_roles(roles, field="bias_added")
         bias_only = [t for t in added if t not in targets]
         targets = [*targets, *bias_only]
     if "norm" in method:
-        norms = [r for r in NORM_ROLES if r in stack.roles]
+        norms = [r for r in NORM_ROLES if r in stack.roles and r.startswith("cross_") in crossed]
         saved = [n for n in of_roles(norms, field="norm") if any(True for _ in model.get_submodule(n).parameters())]
     elif method == "full":
-        saved = blocks
+        saved = blocks if whole.cross is None else whole_modules(model, own)
+        if bare := [n for n in own if not any(is_inside(n, m) for m in saved)]:
+            raise _located(
+                config, whole,
+                f"{bare[0]} is no module of its own, so it cannot train beside cross-attention with another method. "
+                "Remove 'cross'.",
+            )  # fmt: skip
     if "bitfit" in method:
         own_biases = [n for n in own if n.endswith(".bias")]
         if stratum.bitfit is None:
@@ -187,7 +209,7 @@ def _stratum_part(model: nn.Module, stack: Stack, stratum: Stratum, names: list[
             "update for all three"
         )
     return Part(
-        f"{stack.name} [{start}, {stop})",
+        f"{stack.name} [{start}, {stop})" + (" cross" if stratum is not whole else ""),
         method,
         stratum,
         tuple(dict.fromkeys([*targets, *saved, *(parent_of(b) for b in biases)])),
@@ -200,6 +222,21 @@ def _stratum_part(model: nn.Module, stack: Stack, stratum: Stratum, names: list[
         tuple(added),
         tuple(bias_only),
     )
+
+
+def _cross_attention(model: nn.Module, stack: Stack, stratum: Stratum, names: list[str]) -> set[str]:
+    """Names of all parameters of the cross-attention of a stratum's blocks."""
+    found = set()
+    for block in range(*stratum.blocks):
+        paths = [p for role in stack.roles if role.startswith("cross_") for p in stack.role_paths(role, block)]
+        paths += [parent_of(p) for p in stack.role_paths("cross_query", block)]
+        found |= {n for n in names if any(is_inside(n, p) for p in paths)}
+    if not found:
+        raise ConfigError(
+            f"cross of stratum {stack.name} [{stratum.blocks[0]}, {stratum.blocks[1]}): the blocks of "
+            f"{type(model).__name__} have no cross-attention that was recognised. Remove 'cross'."
+        )
+    return found
 
 
 def _check_shared(stack: Stack, config: StrataConfig) -> None:
@@ -221,7 +258,8 @@ def _check_shared(stack: Stack, config: StrataConfig) -> None:
 def _located(config: StrataConfig, stratum: Stratum, sentence: str) -> ConfigError:
     from spafit.fields import FieldError
 
-    error = FieldError(("strata", config.strata.index(stratum), "method"), sentence)
+    at = next(i for i, s in enumerate(config.strata) if (s.stack, s.blocks) == (stratum.stack, stratum.blocks))
+    error = FieldError(("strata", at, "method"), sentence)
     return config.origin.locate(error) if config.origin else error
 
 
@@ -268,7 +306,9 @@ def _outside_parts(
 
 
 def _all_full(config: StrataConfig) -> bool:
-    return all(s.method == "full" for s in config.strata) and all(getattr(config.outside, p) == "full" for p in PLACES)
+    return all(p.method == "full" for s in config.strata for p in s.pieces) and all(
+        getattr(config.outside, p) == "full" for p in PLACES
+    )
 
 
 def _place(model: nn.Module, stacks: tuple[Stack, ...], name: str) -> str:

@@ -133,7 +133,7 @@ def default_learning_rate(config: StrataConfig) -> float:
     Fully trained blocks 2e-5 (BERT's own recommendation), biases, norms and heads alone 1e-3 (the reference setting of
     BitFit's code), low-rank and other adapters, alone or beside biases, 5e-4.
     """
-    methods = {s.method for s in config.strata} - {"freeze"}
+    methods = {p.method for s in config.strata for p in s.pieces} - {"freeze"}
     if "full" in methods or config.outside.embeddings == "full":
         return 2e-5
     if methods <= {"bitfit", "bias-added", "norm"}:

@@ -18,6 +18,7 @@ from spafit.stratum import (
     PEFT_METHODS,
     PLACES,
     ROLES,
+    CrossOptions,
     LoraOptions,
     Outside,
     PeftOptions,
@@ -33,6 +34,7 @@ __all__ = [
     "PEFT_METHODS",
     "ROLES",
     "SCHEMA_VERSION",
+    "CrossOptions",
     "LoraOptions",
     "Outside",
     "PeftOptions",
@@ -127,7 +129,7 @@ class StrataConfig:
 
     def _check_one_adapter(self) -> None:
         """One plan is one stock PEFT adapter: one kind, one dropout, one scaling rule; only LoRA's carry biases."""
-        adapted = [(i, s) for i, s in enumerate(self.strata) if s.adapter is not None]
+        adapted = [(i, p) for i, s in enumerate(self.strata) for p in s.pieces if p.adapter is not None]
         if not adapted:
             return
         k, first = adapted[0]
@@ -150,7 +152,10 @@ class StrataConfig:
                 self._check_alike(i, other[0], ("lora", name), getattr(lora, name), getattr(other[1], name))
         if first.adapter in ("lora", "dora"):
             return
-        places = ((("strata", i, "method"), s.method, f"strata[{i}] ({_place(s)})") for i, s in enumerate(self.strata))
+        places = (
+            (("strata", i, "method"), piece.method, f"strata[{i}] ({_place(s)})")
+            for i, s in enumerate(self.strata) for piece in s.pieces
+        )  # fmt: skip
         outside = ((("outside", p), getattr(self.outside, p), f"outside.{p}") for p in PLACES)
         for where, method, here in (*places, *outside):
             if "bitfit" in method:
@@ -190,7 +195,7 @@ class StrataConfig:
                     f"the plan is for {_counts(self.blocks)}, the model has {_counts(blocks)}. Use a plan made for "
                     "this model, or a preset.",
                 )
-            for i, stratum in enumerate(self.strata):
+            for i, stratum in ((i, p) for i, s in enumerate(self.strata) for p in s.pieces):
                 if bias_roles is not None and stratum.adds_biases:
                     _check_added(i, stratum, bias_roles.get(stratum.stack, ()))
                 if bias_roles is None or "bitfit" not in stratum.method:
@@ -234,9 +239,9 @@ class StrataConfig:
         choice(stack, ("stack",), tuple(self.blocks), "stack")
         s1 = s2 = self.blocks[stack]
         for stratum in sorted((s for s in self.strata if s.stack == stack), key=lambda s: s.blocks):
-            if stratum.method != "freeze":
+            if stratum.is_trained:
                 s1 = min(s1, stratum.blocks[0])
-            if stratum.method not in ("freeze", "bitfit", "bias-added", "norm"):
+            if any(p.method not in ("freeze", "bitfit", "bias-added", "norm") for p in stratum.pieces):
                 s2 = min(s2, stratum.blocks[0])
         return s1, s2
 

@@ -13,10 +13,10 @@ import yaml
 from spafit.errors import ConfigError
 from spafit.fields import FieldError, FieldPath, Origin, integer, within
 from spafit.strata import SCHEMA_VERSION, StrataConfig
-from spafit.stratum import METHODS, PLACES, LoraOptions, Outside, PeftOptions, Stratum
+from spafit.stratum import CROSS_TARGETS, METHODS, PLACES, CrossOptions, LoraOptions, Outside, PeftOptions, Stratum
 from spafit.yaml_fields import entries, mapping, read_fields, resolve_exponents
 
-_OPTIONS = ("lora", "bitfit", "bias_added", "ia3", "peft", "learning_rate", "weight_decay")
+_OPTIONS = ("lora", "bitfit", "bias_added", "ia3", "peft", "cross", "learning_rate", "weight_decay")
 #: Longest entry of provenance, in characters, that is written on one line.
 _ONE_LINE = 100
 
@@ -121,10 +121,13 @@ def config_from_plain(content: Any, *, origin: Origin | None = None) -> StrataCo
                 raise FieldError((*path, option), "nothing stands here. Write the options, or remove the field.")
         with within(*path):
             if "lora" in got:
-                known = ("rank", "alpha", "dropout", "targets", "rslora")
-                options = mapping(got["lora"], ("lora",), (), known, ignored)
-                with within("lora"):
-                    got["lora"] = LoraOptions(**options)
+                got["lora"] = _lora_from_plain(got["lora"], ignored)
+            if "cross" in got:
+                options = mapping(got["cross"], ("cross",), ("method",), ("lora",), ignored)
+                with within("cross"):
+                    if "lora" in options:
+                        options["lora"] = _lora_from_plain(options["lora"], ignored, targets=CROSS_TARGETS)
+                    got["cross"] = CrossOptions(**options)
             if "peft" in got:
                 options = mapping(got["peft"], ("peft",), (), ("targets", "options"), ignored)
                 with within("peft"):
@@ -153,21 +156,30 @@ def config_from_plain(content: Any, *, origin: Origin | None = None) -> StrataCo
     return config
 
 
+def _lora_from_plain(content: Any, ignored: list[str] | None, **defaults: Any) -> LoraOptions:
+    options = mapping(content, ("lora",), (), ("rank", "alpha", "dropout", "targets", "rslora"), ignored)
+    with within("lora"):
+        return LoraOptions(**{**defaults, **options})
+
+
+def _plain_from_lora(lora: LoraOptions) -> dict[str, Any]:
+    alpha = lora.alpha
+    plain: dict[str, Any] = {
+        "rank": lora.rank,
+        "alpha": int(alpha) if alpha is not None and float(alpha).is_integer() else alpha,
+        "dropout": lora.dropout,
+        "targets": list(lora.targets),
+    }
+    return {**plain, "rslora": True} if lora.rslora else plain
+
+
 def plain_from_config(config: StrataConfig) -> dict[str, Any]:
     """Plain objects with the file's keys in the file's order; what equals a default that nobody edits is left out."""
     strata = []
     for s in config.strata:
         entry: dict[str, Any] = {"stack": s.stack, "blocks": list(s.blocks), "method": s.method}
         if s.lora is not None:
-            alpha = s.lora.alpha
-            entry["lora"] = {
-                "rank": s.lora.rank,
-                "alpha": int(alpha) if alpha is not None and float(alpha).is_integer() else alpha,
-                "dropout": s.lora.dropout,
-                "targets": list(s.lora.targets),
-            }
-            if s.lora.rslora:
-                entry["lora"]["rslora"] = True
+            entry["lora"] = _plain_from_lora(s.lora)
         for option in ("bitfit", "bias_added", "ia3"):
             if getattr(s, option) is not None:
                 entry[option] = list(getattr(s, option))
@@ -175,6 +187,9 @@ def plain_from_config(config: StrataConfig) -> dict[str, Any]:
             entry["peft"] = {"targets": list(s.peft.targets)}
             if s.peft.options:
                 entry["peft"]["options"] = json.loads(json.dumps(s.peft.options))
+        if s.cross is not None:
+            lora = {} if s.cross.lora is None else {"lora": _plain_from_lora(s.cross.lora)}
+            entry["cross"] = {"method": s.cross.method, **lora}
         strata.append(entry | _optimizer_fields(s))
     outside: dict[str, Any] = {place: getattr(config.outside, place) for place in PLACES}
     for place in ("final_norm", "projector"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spafit.fields import FieldError, FieldPath, choice, integer, name_list, number, plain, text
@@ -60,6 +60,9 @@ LINEAR_ROLES = (
     "cross_attention_output",
 )
 NORM_ROLES = ("attention_norm", "output_norm", "cross_attention_norm")
+#: What cross-attention may have as a method of its own (:class:`CrossOptions`).
+CROSS_METHODS = ("freeze", "bitfit", "norm", "lora", "lora+bitfit", "lora+norm", "full")
+CROSS_TARGETS = ("cross_query", "cross_key", "cross_value")
 ROLES = LINEAR_ROLES + NORM_ROLES
 #: Fields of PEFT's configurations that the plan itself decides.
 _DECIDED_BY_THE_PLAN = (
@@ -146,6 +149,39 @@ class PeftOptions:
 
 
 @dataclass(frozen=True)
+class CrossOptions:
+    """How the cross-attention of a stratum's blocks trains, where that differs from the rest of these blocks.
+
+    Cross-attention is what reads the encoder in a decoder's block: its projections, its norm and its biases.
+
+    Attributes:
+        method: one of :data:`CROSS_METHODS`; ``full`` suits cross-attention that starts from random weights.
+        lora: options of the low-rank methods, with ``cross_…`` roles as targets; None for other methods. By default
+            an update on :data:`CROSS_TARGETS`.
+    """
+
+    method: str
+    lora: LoraOptions | None = None
+
+    def __post_init__(self) -> None:
+        choice(self.method, ("method",), CROSS_METHODS, "method of cross-attention")
+        low_rank = self.method.startswith("lora")
+        if self.lora is not None and not low_rank:
+            raise FieldError(
+                ("lora",), f"method {self.method!r} does not read 'lora'. Remove it, or change the method."
+            )
+        if low_rank and self.lora is None:
+            object.__setattr__(self, "lora", LoraOptions(targets=CROSS_TARGETS))
+        for role in self.lora.targets if self.lora is not None else ():
+            if not role.startswith("cross_"):
+                raise FieldError(
+                    ("lora", "targets"),
+                    f"{role!r} is no role of cross-attention. Write it among the stratum's own targets; here stand "
+                    f"{', '.join(r for r in LINEAR_ROLES if r.startswith('cross_'))}.",
+                )
+
+
+@dataclass(frozen=True)
 class Stratum:
     """One contiguous range of blocks and the method that trains it.
 
@@ -164,6 +200,8 @@ class Stratum:
         peft: options of the methods in :data:`PEFT_METHODS`; None for other methods.
         learning_rate: of this stratum, above 0; None takes the run's.
         weight_decay: of this stratum, at least 0; None takes the run's.
+        cross: how the blocks' cross-attention trains, where that differs; the rest of this then speaks of the other
+            sub-layers. None: like the rest.
 
     Raises:
         ConfigError: empty range, unknown method or role, an option the method does not read, nothing to train.
@@ -179,6 +217,7 @@ class Stratum:
     learning_rate: float | None = None
     weight_decay: float | None = None
     bias_added: tuple[str, ...] | None = None
+    cross: CrossOptions | None = None
 
     def __post_init__(self) -> None:
         text(self.stack, ("stack",))
@@ -202,8 +241,8 @@ class Stratum:
             ("bias_added", self.adds_biases),
             ("ia3", self.method == "ia3"),
             ("peft", by_name),
-            ("learning_rate", self.method != "freeze"),
-            ("weight_decay", self.method != "freeze"),
+            ("learning_rate", self.is_trained),
+            ("weight_decay", self.is_trained),
         ):
             if getattr(self, option) is not None and not used:
                 raise FieldError(
@@ -222,6 +261,28 @@ class Stratum:
             wanted = ("key", "value", "output") if self.ia3 is None else self.ia3
             object.__setattr__(self, "ia3", name_list(wanted, ("ia3",), LINEAR_ROLES, "role of a linear map"))
         _check_optimizer(self)
+        if self.cross is not None:
+            _check_cross(self)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether anything in the blocks trains, cross-attention with a method of its own included."""
+        return self.method != "freeze" or (self.cross is not None and self.cross.method != "freeze")
+
+    @property
+    def pieces(self) -> tuple[Stratum, ...]:
+        """This stratum, and a second one for its cross-attention where that has a method of its own."""
+        if self.cross is None:
+            return (self,)
+        trains = self.cross.method != "freeze"
+        return (
+            self,
+            Stratum(
+                self.stack, self.blocks, self.cross.method, lora=self.cross.lora,
+                learning_rate=self.learning_rate if trains else None,
+                weight_decay=self.weight_decay if trains else None,
+            ),
+        )  # fmt: skip
 
     @property
     def is_low_rank(self) -> bool:
@@ -264,7 +325,9 @@ class Stratum:
             values = "".join(f", {k} {v}" for k, v in self.peft.options.items())
             parts.append(f"{self.method} on {', '.join(self.peft.targets)}{values}")
         if self.method == "full":
-            parts.append("everything")
+            parts.append("everything" if self.cross is None else "everything else")
+        if self.cross is not None:
+            parts.append(f"cross-attention: {replace(self.pieces[1], learning_rate=None, weight_decay=None).trains}")
         return "; ".join([*parts, *optimizer_words(self)]) or "nothing"
 
 
@@ -323,6 +386,23 @@ def _check_optimizer(part: Stratum | Outside) -> None:
         object.__setattr__(part, "weight_decay", float(number(part.weight_decay, ("weight_decay",))))
         if part.weight_decay < 0:
             raise FieldError(("weight_decay",), f"got {part.weight_decay}; it must be at least 0.")
+
+
+def _check_cross(stratum: Stratum) -> None:
+    """Refuse what would say twice how cross-attention trains, and an adapter that the plan cannot hold beside it."""
+    if not isinstance(stratum.cross, CrossOptions):
+        raise FieldError(("cross",), f"got {stratum.cross!r}; write a method: {{method: lora}}.")
+    named = {
+        ("lora", "targets"): stratum.lora.targets if stratum.lora is not None else (),
+        ("peft", "targets"): stratum.peft.targets if stratum.peft is not None else (),
+        ("bitfit",): stratum.bitfit or (), ("bias_added",): stratum.bias_added or (), ("ia3",): stratum.ia3 or (),
+    }  # fmt: skip
+    for path, roles in named.items():
+        for role in roles:
+            if role.startswith("cross_"):
+                raise FieldError(
+                    path, f"{role!r} stands here, and the field 'cross' says how cross-attention trains. Remove one."
+                )
 
 
 def _finite(value: Any, path: FieldPath) -> None:

@@ -76,7 +76,8 @@ def planted_run(
                     )  # fmt: skip
         tables[task] = pd.concat(parts, ignore_index=True)
         scores += [
-            {"task": task, "level": level, "unit": "sentence", "site": "block", "split": "test", "metric": "bits",
+            {"task": task, "level": level, "unit": "sentence", "stack": "encoder", "site": "block", "split": "test",
+             "metric": "bits",
              "pooling": pooling, "probe": probe, "n": 40, "value": 0.0}
             for pooling in poolings for probe in probes
         ]  # fmt: skip
@@ -123,9 +124,9 @@ def planted_comparison(
                 for metric, factor in (("bits", 1.0), ("accuracy", -1.0)):
                     rows.append(
                         dict.fromkeys((*KEYS, *COLUMNS), "")
-                        | {"model": "tuned", "task": task, "level": level, "site": "block", "pooling": "mean",
-                           "probe": "linear", "control": "none", "split": "test", "metric": metric, "hidden": hidden,
-                           "term": term, "value": factor * value}
+                        | {"model": "tuned", "task": task, "level": level, "stack": "encoder", "site": "block",
+                           "pooling": "mean", "probe": "linear", "control": "none", "split": "test", "metric": metric,
+                           "hidden": hidden, "term": term, "value": factor * value}
                     )  # fmt: skip
             if hidden:
                 own = third < hidden <= third + blocks // 3

@@ -63,7 +63,9 @@ def compare(
     pooling: Annotated[
         str, _option(_RUN, "--pooling", help="mean, first, last or max; several between commas.")
     ] = "mean",
-    stack: Annotated[str | None, _option(_RUN, "--stack", help="Which block stack.")] = None,
+    stack: Annotated[
+        str | None, _option(_RUN, "--stack", help="Which block stack; both of an encoder-decoder: encoder,decoder.")
+    ] = None,
     drift: Annotated[bool, _option(_RUN, "--drift/--no-drift", help="Measure drift of states and weights.")] = True,
     text: Annotated[
         Path | None,

@@ -33,11 +33,13 @@ def sensitivity(
 ) -> None:
     """Vary one choice at a time and show how far each task's layers move; what moves too far leaves the verdict."""
     from analysis.interpretation import interpret
+    from analysis.sensitivity import check_one_stack
     from analysis.sensitivity import sensitivity as measure
     from probing.probes.families import split_probes
     from probing.results import ProbeResults
 
     base = ProbeResults.load(run)
+    check_one_stack(base)
     sizes = _sizes(train_sizes)
     _refuse_repeated("--pooling", _split(pooling), base.run["config"]["pooling"])
     _refuse_repeated("--probe", split_probes(probe) if probe else [], base.run["config"]["probe"])

@@ -37,7 +37,7 @@ class Text:
         spans: half-open character ranges of the words whose states are kept (empty for sentence tasks).
         second: second segment of a pair, encoded together with ``string``; None for single texts.
         target: what the decoder of an encoder-decoder reads in place of ``string``, which its encoder reads; None for
-            texts that both read. Models without such a decoder never see it.
+            texts that both read. Other models refuse it.
     """
 
     string: str

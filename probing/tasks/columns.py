@@ -280,9 +280,13 @@ def _read_rows(part: Part, options: Options, unit: Unit, rows: _Rows) -> None:
         rows.split.append(_split(cell["split"], where) if "split" in cell else part.split)
         rows.item.append(f"{origin}:{line}")
         rows.kept.append(tuple(cell[f"keep {c}"] for c in options.kept))
-        rows.text.append(Text.from_words(first) if unit == "word" else Text(cast(str, first), second=second))
+        rows.text.append(Text.from_words(first) if unit == "word" else _text(cast(str, first), second, options))
         rows.labels.append(labels)
         rows.group.append(str(cell["group"]) if "group" in cell else "")
+
+
+def _text(first: str, second: str | None, options: Options) -> Text:
+    return Text(first, target=second) if options.pairs == "target" else Text(first, second=second)
 
 
 def _missing(value: Any) -> bool:

@@ -22,7 +22,8 @@ class Options:
         text: column of the text: a string, or a list of words.
         text2: column of the second text of a pair.
         pairs: how the two texts of a pair are read: ``cross`` (as one input, so that each is seen in the light of the
-            other) or ``features`` (each alone; the probe gets [u; v; |u − v|; u · v] of their states).
+            other), ``features`` (each alone; the probe gets [u; v; |u − v|; u · v] of their states) or ``target`` (in
+            an encoder-decoder, the first by the encoder and the second, word by word, by the decoder).
         label: column of the label; lists, one label per word, make it a token classification.
         kind: ``classes`` (the default), or ``number`` for labels that are measurements and probed by regression.
         split: column that tells the split, in a single table.
@@ -100,7 +101,7 @@ def parse_options(reference: str, body: str, *, forbidden: Sequence[str]) -> tup
     options = Options(**given)
     choices = {
         "unit": ("", *UNITS),
-        "pairs": ("cross", "features"),
+        "pairs": ("cross", "features", "target"),
         "kind": ("classes", "number"),
         "level": LEVELS,
         "header": ("", "yes", "no"),
@@ -113,8 +114,8 @@ def parse_options(reference: str, body: str, *, forbidden: Sequence[str]) -> tup
             )
     if not target or not options.text or not options.label:
         raise TaskError(f"{reference!r}: a path (or name), text=COLUMN and label=COLUMN are needed.")
-    if options.pairs == "features" and not options.text2:
-        raise TaskError(f"{reference!r}: pairs=features needs a second text; give text2=COLUMN.")
+    if options.pairs != "cross" and not options.text2:
+        raise TaskError(f"{reference!r}: pairs={options.pairs} needs a second text; give text2=COLUMN.")
     reserved = {*ITEM_COLUMNS, "span2", "text2"}
     if clash := sorted(reserved & set(options.kept)):
         raise TaskError(f"{reference!r}: keep={clash[0]} is a name that items use themselves; rename that column.")

@@ -10,7 +10,7 @@ from typing import Any
 from spafit.errors import ConfigError
 from spafit.fields import FieldError, choice
 from spafit.strata import StrataConfig
-from spafit.stratum import OUTSIDE_METHODS, PLACES, LoraOptions, Outside, Stratum
+from spafit.stratum import OUTSIDE_METHODS, PLACES, LoraOptions, Stratum
 
 #: What each method trains, for the union of two.
 _PIECES = {"freeze": (), "bitfit": ("bitfit",), "norm": ("norm",), "lora": ("lora",), "dora": ("dora",),
@@ -194,7 +194,7 @@ def union(plans: Sequence[StrataConfig]) -> StrataConfig:
     outside = {place: _outside([getattr(p.outside, place) for p in plans], place) for place in PLACES}
     if len({p.outside.weight_decay for p in plans}) > 1:
         raise ConfigError(f"{_DECAY} outside the blocks.")
-    own = replace(first.outside, **outside)
+    own = replace(first.outside, **outside)  # type: ignore[arg-type]
     try:
         widest = joined(first, blocks)
         return widest if own == first.outside else replace(widest, outside=own, origin=None)

@@ -74,6 +74,11 @@ class Schedule:
         """
         if any(s.method == "adalora" for s in plan.strata):
             raise ConfigError("AdaLoRA moves ranks by a schedule of its own. Write lora, or train without a schedule.")
+        if any(s.cross is not None for s in plan.strata):
+            raise ConfigError(
+                "A schedule moves whole strata, and this plan gives cross-attention a method of its own. Remove "
+                "'cross', or train without a schedule."
+            )
         plans, holding = [plan], Holding(plan, first=plan)
         try:
             for i, rule in enumerate(self.rules):

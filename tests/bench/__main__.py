@@ -7,6 +7,7 @@ import sys
 
 NAMES = (
     "extraction",
+    "seq2seq",
     "probe_grid",
     "memory",
     "command",
