@@ -10,7 +10,7 @@ from typing import Any
 from spafit.errors import ConfigError
 from spafit.fields import FieldError, choice
 from spafit.strata import StrataConfig
-from spafit.stratum import OUTSIDE_METHODS, PLACES, LoraOptions, Outside, Stratum
+from spafit.stratum import OUTSIDE_METHODS, PLACES, LoraOptions, Stratum
 
 #: What each method trains, for the union of two.
 _PIECES = {"freeze": (), "bitfit": ("bitfit",), "norm": ("norm",), "lora": ("lora",), "dora": ("dora",),
@@ -191,13 +191,10 @@ def union(plans: Sequence[StrataConfig]) -> StrataConfig:
     for stack in first.blocks:
         columns = zip(*(by_block(p, stack) for p in plans), strict=True)
         blocks[stack] = [_union_of(list(column)) for column in columns]
-    outside = {place: _outside([getattr(p.outside, place) for p in plans], place) for place in PLACES}
+    outside: dict[str, Any] = {place: _outside([getattr(p.outside, place) for p in plans], place) for place in PLACES}
     if len({p.outside.weight_decay for p in plans}) > 1:
         raise ConfigError(f"{_DECAY} outside the blocks.")
-    own = Outside(
-        outside["embeddings"], outside["pooler"], outside["head"], outside["final_norm"],
-        first.outside.learning_rate, first.outside.weight_decay,
-    )  # fmt: skip
+    own = replace(first.outside, **outside)
     try:
         widest = joined(first, blocks)
         return widest if own == first.outside else replace(widest, outside=own, origin=None)
