@@ -101,7 +101,9 @@ def scored(name: str, written: list[str], test: pd.DataFrame) -> pd.DataFrame:
     scores = rouge_scores(written, list(test["answer"]))
     same = np.array([w.strip().lower() == a.strip().lower() for w, a in zip(written, test["answer"], strict=True)])
     words = np.array([len(w.split()) for w in written])
-    return pd.DataFrame({"system": name, "item": test["idx"].to_numpy(), **scores, "exact": same.astype(int), "words": words})
+    return pd.DataFrame(
+        {"system": name, "item": test["idx"].to_numpy(), **scores, "exact": same.astype(int), "words": words}
+    )
 
 
 def write_page() -> None:
