@@ -78,13 +78,15 @@ def test_enough_tasks_give_verdict_and_strata_on_the_terminal(capsys):
     from analysis.cli.probe import _print
     from analysis.interpretation import Interpretation
     from analysis.localization import localization_test
+    from analysis.run_suggestion import StackSuggestions
     from analysis.suggestion import suggest_strata
     from tests import report_fixtures, test_suggestion
 
     curves = test_suggestion.saturating(12, basic=0.05, other=0.15)
     results = report_fixtures.results()
     test, strata = localization_test(curves), suggest_strata(curves, num_blocks=12)
-    interpretation = Interpretation(results, test, strata, test.to_dict(), (Path("report.html"),))
+    both = StackSuggestions({"encoder": strata}, strata.config)
+    interpretation = Interpretation(results, {"encoder": test}, both, test.to_dict(), (Path("report.html"),))
     assert f"verdict='{test.verdict}', boundaries=(2, 6))" in repr(interpretation)
     assert repr(results) == f"ProbeResults(not saved, {len(results.tasks)} task(s), status='unknown')"
     assert len(repr(interpretation)) < 200
