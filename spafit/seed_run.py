@@ -109,6 +109,7 @@ def train_seed(job: Job, seed: int) -> dict[str, Any]:
             processes.count,
             [repr(r) for r in job.remedies],
             *began,
+            *([] if headed.image_processor is None else [headed.image_processor.digest]),
             *([] if schedule is None else [schedule.to_dict()]),
         ]
     )
@@ -439,6 +440,10 @@ def _run(
         scores[split] |= more
         if written is not None:
             texts[split] = written
+            if len(written) < len(data.frames[split]):
+                notes.append(
+                    f"texts were written and scored for {len(written)} of {len(data.frames[split])} {split} items"
+                )
     final = pd.DataFrame(
         [
             {"seed": seed, "step": best, "epoch": float(state.epoch or 0),

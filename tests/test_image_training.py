@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from typer.testing import CliRunner
 
 import spafit
+from analysis.cli.main import app
 from spafit import checkpoint
 from spafit.data.image_tasks import image_data
 from spafit.errors import DataError, UsageError
@@ -57,6 +60,30 @@ def test_a_plan_on_images_comes_back_and_its_folder_has_the_processor(tmp_path: 
     on = TrainSettings(epochs=1, prefix_cache="on")
     with pytest.raises(UsageError, match="the items are images"):
         spafit.fit(str(tmp_path / "vit"), "lora", data=data, settings=on, out=tmp_path / "p", device="cpu", quiet=True)
+
+
+def test_the_command_merges_an_image_model_and_refuses_to_score_it_on_texts(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageClassification
+
+    tiny_vit(tmp_path / "vit", classes=10)
+    data = image_data(digits_folder(tmp_path, train=60, test=20))
+    how = TrainSettings(epochs=1, batch_size=16, select_share=0.0)
+    result = spafit.fit(
+        str(tmp_path / "vit"), "lora", data=data, settings=how, out=tmp_path / "o", device="cpu", quiet=True
+    )
+    folder = result.model_folder(0)
+    done = CliRunner().invoke(app, ["merge", str(folder), "--out", str(tmp_path / "merged")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "merged" / "preprocessor_config.json").is_file()
+    pixels = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    merged = AutoModelForImageClassification.from_pretrained(tmp_path / "merged").eval()
+    tuned = checkpoint.load(folder).model.eval()
+    with torch.no_grad():
+        assert torch.allclose(merged(pixels).logits, tuned(pixel_values=pixels).logits, atol=1e-5)
+    for command in (["evaluate", str(folder), "--table", "t.csv"], ["predict", str(folder), "t.csv", "--out", "x"]):
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code != 0
+        assert "was trained for the kind 'images'" in str(done.exception)
 
 
 def test_two_towers_are_trained_by_a_plan_of_their_own_and_scored_by_recall(tmp_path: Path) -> None:

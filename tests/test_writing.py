@@ -31,7 +31,7 @@ from spafit.predictions import summarise
 from spafit.settings import TrainSettings
 from spafit.strata import Outside, StrataConfig, Stratum
 from spafit.text_windows import IGNORED, encode_pair, pack
-from tests.tiny import DECODERS, save_tiny, tiny, tiny_tokenizer
+from tests.tiny import DECODERS, POSITIONS, save_tiny, tiny, tiny_tokenizer
 
 FAMILIES = ("gpt2", "llama", "bart", "t5")
 WORDS = ("the", "big", "old", "a", "and", "sees")
@@ -190,6 +190,34 @@ def test_running_text_is_predicted_token_by_token_across_windows(tmp_path: Path)
     items = kind.encode(data.frames["train"], headed, max_length=8)
     tokens = sum(len(tiny_tokenizer(decoder=True)(t)["input_ids"]) + 1 for t in data.frames["train"]["text"])
     assert sum(len(i["input_ids"]) for i in items.items) == tokens
+
+
+def test_answers_are_written_for_items_drawn_evenly_whose_prompt_leaves_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spafit.kinds import language
+
+    save_tiny("llama", tmp_path / "m", auto="AutoModelForCausalLM")
+    window = POSITIONS
+    frame = pairs(30, 1)
+    frame.loc[5, "prompt"] = " ".join(
+        ["cat"] * (window - 4)
+    )  # fits beside its answer, but not beside all that is written
+    data = TrainData("animals", {"train": pairs(12, 0), "validation": frame}, None, (), kind="answers")
+    how = TrainSettings(epochs=1, batch_size=8, max_length=window, select_share=0.0)
+    for most in (100, 7):
+        monkeypatch.setattr(language, "WRITTEN", most)
+        result = spafit.fit(
+            str(tmp_path / "m"), "full", data=data, settings=how, out=tmp_path / str(most), device="cpu", quiet=True
+        )
+        table = pd.read_csv(tmp_path / str(most) / "seed-0" / "predictions-validation.csv")
+        assert table["idx"].tolist() == frame["idx"].tolist()
+        told = table["answer"].notna()
+        assert told.sum() == min(most, 29)
+        assert not told[5]
+        assert (table["answer"][told] == frame["answer"][told.to_numpy()]).all()
+        assert any(f"for {told.sum()} of 30 validation items" in note for note in result.run["notes"])
+    assert np.flatnonzero(told).max() > 7  # not the first ones
 
 
 class Template:

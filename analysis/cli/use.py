@@ -27,7 +27,10 @@ from analysis.cli.train import (
 if TYPE_CHECKING:
     from spafit.adapt import StratifiedModel
     from spafit.data.training import TrainData
+    from spafit.heads import Readers
 
+#: Kinds of tasks whose models read images.
+_IMAGES = ("images", "matching", "captions")
 Folder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a trained model (…/seed-0/model).")]
 
 
@@ -58,7 +61,8 @@ def evaluate(
     from spafit.metrics import compute_metrics, headline
     from spafit.predictions import predict_logits, predicted
 
-    stratified, tokenizer, base = _load(folder, offline=offline, device=device)
+    _check_kind(folder, "evaluate")
+    stratified, readers, base = _load(folder, offline=offline, device=device)
     given = read_training_data(
         task, data, file, {"table": table}, text=text, text2=text2, label=label, regression=base["regression"],
         header=not no_header, metrics=None, offline=offline, labels=_labels(base),
@@ -69,9 +73,9 @@ def evaluate(
     scores: dict[str, dict[str, float]] = {}
     for split in given.scored_splits:
         encoded = encode(
-            given.frames[split], tokenizer, max_length=base.get("max_length", 512), regression=given.regression
+            given.frames[split], readers.tokenizer, max_length=base.get("max_length", 512), regression=given.regression
         )
-        logits = predict_logits(stratified.model, encoded, tokenizer)[:, order]
+        logits = predict_logits(stratified.model, encoded, readers.tokenizer)[:, order]
         assert encoded.labels is not None
         found = compute_metrics(given.metrics, predicted(logits, regression=given.regression), encoded.labels)
         scores[split] = {**found, "headline": headline(found, given.metrics), "items": len(encoded)}
@@ -103,7 +107,8 @@ def predict(
     from spafit.batches import encode
     from spafit.predictions import predict_logits, write_scores
 
-    stratified, tokenizer, base = _load(folder, offline=offline, device=device)
+    _check_kind(folder, "predict")
+    stratified, readers, base = _load(folder, offline=offline, device=device)
     given = read_training_data(
         None, None, None, {"table": table}, text=text, text2=text2, label=None, regression=base["regression"],
         header=not no_header, metrics=None, offline=offline, labels=_labels(base),
@@ -111,8 +116,8 @@ def predict(
     _check_pairs(given, base)
     out = out.with_suffix("") if out.suffix in (".csv", ".parquet") else out
     frame = given.frames["table"]
-    encoded = encode(frame, tokenizer, max_length=base.get("max_length", 512), regression=given.regression)
-    logits = predict_logits(stratified.model, encoded, tokenizer)
+    encoded = encode(frame, readers.tokenizer, max_length=base.get("max_length", 512), regression=given.regression)
+    logits = predict_logits(stratified.model, encoded, readers.tokenizer)
     written = write_scores(out, frame, logits, labels=given.labels)
     if not quiet:
         typer.echo(written.head(5).to_string(index=False))
@@ -136,25 +141,43 @@ def merge(
         raise OutputError(
             f"--out {out} exists and is not empty; a merged model gets a folder of its own. Choose another."
         )
-    stratified, tokenizer, _ = _load(folder, offline=offline, device="cpu")
+    stratified, readers, _ = _load(folder, offline=offline, device="cpu")
     out.mkdir(parents=True, exist_ok=True)
     with quiet():
         stratified.merge().save_pretrained(str(out))
-    tokenizer.save_pretrained(str(out))
+    readers.save_pretrained(str(out))
     typer.echo(f"Merged model written to {out}. Probe it with: spafit-probe --model {out}")
 
 
-def _load(folder: Path, *, offline: bool, device: str) -> tuple[StratifiedModel, Any, dict[str, Any]]:
+def _load(folder: Path, *, offline: bool, device: str) -> tuple[StratifiedModel, Readers, dict[str, Any]]:
     from spafit.checkpoint import load, read_config
+    from spafit.heads import Readers
     from spafit.hub import locate
+    from spafit.image_processing import load_image_processor
     from spafit.loading import load_tokenizer
     from spafit.runtime import pick_device
 
-    content = read_config(folder)
+    base = read_config(folder)["base"]
+    kind = base.get("kind", "classification")
     stratified = load(folder, offline=offline)
     stratified.model.eval().to(pick_device(device))
-    tokenizer = load_tokenizer([locate(str(folder))], required=True)
-    return stratified, tokenizer, content["base"]
+    tokenizer = load_tokenizer([locate(str(folder))], required=kind != "images")
+    images = load_image_processor(stratified.model, [folder], notes=[]) if kind in _IMAGES else None
+    return stratified, Readers(tokenizer, images), base
+
+
+def _check_kind(folder: Path, verb: str) -> None:
+    """Refuse, before anything is loaded, a model of another kind of task than classes or values of texts."""
+    from spafit.checkpoint import read_config
+    from spafit.errors import UsageError
+
+    kind = read_config(folder)["base"].get("kind", "classification")
+    if kind != "classification":
+        remedy = "Use spafit generate." if kind in ("text", "answers") else "From Python: spafit.kinds."
+        raise UsageError(
+            f"spafit {verb} is for classes and values of texts, and {folder} was trained for the kind {kind!r}. "
+            + remedy
+        )
 
 
 def _check_pairs(given: TrainData, base: dict[str, Any]) -> None:

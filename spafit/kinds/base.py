@@ -95,7 +95,10 @@ class TaskKind(ABC):
     def generated(
         self, model: Any, headed: HeadedModel, frame: pd.DataFrame, settings: TrainSettings
     ) -> tuple[dict[str, float], pd.DataFrame | None]:
-        """Metrics of what the model writes for a frame, and the texts; nothing for kinds that write nothing."""
+        """Metrics of what the model writes for a frame, and the texts; nothing for kinds that write nothing.
+
+        The texts' index holds the items' places in the frame, which may be some of them.
+        """
         return {}, None
 
     @abstractmethod

@@ -29,10 +29,9 @@ class Classification(TaskKind):
     columns: ClassVar[tuple[str, ...]] = ("text", "label")
 
     def check(self, settings: TrainSettings) -> None:
-        """Labels on every training item, metrics of the right kind.
+        """Metrics and settings that go with the labels.
 
         Raises:
-            DataError: a training item without a label.
             UsageError: a metric that does not go with the labels, or class weights of a regression.
         """
         data = self.data

@@ -15,7 +15,8 @@ from spafit import io
 from spafit.errors import DataError, ModelError, UsageError
 from spafit.heads import Head, HeadedModel, language_head, load_with_head
 from spafit.kinds.base import Collate, TaskKind
-from spafit.text_windows import IGNORED, encode_pair, end_of_text, pack
+from spafit.models import model_window
+from spafit.text_windows import IGNORED, encode_pair, encode_prompt, end_of_text, pack
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +124,7 @@ class _Language(TaskKind):
         if len(table) == len(frame) and "idx" in frame:
             table.insert(0, "idx", frame["idx"].to_numpy())
         if texts is not None:
-            table = pd.concat([table, texts.reset_index(drop=True)], axis=1)
+            table = table.join(texts)
         io.write_table(stem, table)
 
 
@@ -195,21 +196,33 @@ class Answers(_Language):
     def generated(
         self, model: Any, headed: HeadedModel, frame: pd.DataFrame, settings: TrainSettings
     ) -> tuple[dict[str, float], pd.DataFrame | None]:
-        """Greedy answers, exact match, and ROUGE where rouge-score is installed."""
+        """Greedy answers to :data:`WRITTEN` items drawn evenly, exact match, and ROUGE where rouge-score is installed.
+
+        As long as the longest training answer and 8 tokens more, at most. Items whose prompt leaves no room for that in
+        the model's window are passed over.
+        """
+        from spafit.data.sampling import stratified_subset
         from spafit.generating import decoder_room, generate
         from spafit.generation_metrics import answer_scores
 
         assert headed.tokenizer is not None
-        kept = frame.iloc[:WRITTEN]
-        longest = headed.tokenizer(kept["answer"].astype(str).tolist(), verbose=False)["input_ids"]
+        longest = headed.tokenizer(self.data.frames["train"]["answer"].astype(str).tolist(), verbose=False)["input_ids"]
         most = min(settings.max_length, 8 + max(map(len, longest)))
+        frame = frame.reset_index(drop=True)
         if headed.head != "causal-lm":
             most = min(most, decoder_room(headed.model) or most)
+        else:
+            window = model_window(headed.model, headed.tokenizer) or math.inf
+            lengths = np.array([len(encode_prompt(headed.tokenizer, str(p))) for p in frame["prompt"]])
+            frame = frame[lengths + most <= window]
+        if not len(frame):
+            return {}, pd.DataFrame(columns=["answer", "written"])
+        kept = stratified_subset(frame[[*self.columns]], min(WRITTEN, len(frame)), seed=0)
         written = generate(
             model, headed.tokenizer, **self._read(headed, kept), quiet=True, max_new_tokens=most,
             batch_size=4 * settings.batch_size,
         )  # fmt: skip
-        texts = pd.DataFrame({"answer": kept["answer"].to_numpy(), "written": written["text"].to_numpy()})
+        texts = pd.DataFrame({"answer": kept["answer"], "written": written["text"].to_numpy()}, index=kept.index)
         return answer_scores(list(texts["written"]), list(texts["answer"])), texts
 
     def _read(self, headed: HeadedModel, frame: pd.DataFrame) -> dict[str, Any]:
