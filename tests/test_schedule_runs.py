@@ -318,8 +318,8 @@ def test_the_prefix_cache_serves_only_what_no_rule_can_ever_train(bert: Path, tm
 def test_what_is_saved_says_what_holds_and_loads_here_and_with_plain_peft(bert: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    from spafit.adapt import _quiet_peft
     from spafit.heads import load_with_head
+    from spafit.peft_wrapping import quiet_peft
 
     schedule = Schedule((At(step=3, rank=4), At(step=6, boundaries=(2, 2)), At(step=9, rank=1)))
     result = train(bert, tmp_path, PLAN, schedule=schedule)
@@ -333,7 +333,7 @@ def test_what_is_saved_says_what_holds_and_loads_here_and_with_plain_peft(bert: 
     assert "now: encoder [0, 2) freeze; encoder [2, 3) lora+bitfit" in loaded.describe()
     assert "a schedule moves within this" in (folder / "README.md").read_text()
     headed = load_with_head(str(bert), labels=("cat", "dog"), seed=3)
-    with _quiet_peft():
+    with quiet_peft():
         stock = PeftModel.from_pretrained(headed.model, str(folder)).eval()
     inputs = tiny_inputs("bert")
     with torch.no_grad():
