@@ -55,8 +55,8 @@ rank = int(os.environ["RANK"])
 written, checked = record_writes(), []
 train, step = seed_run._run, StratifiedTrainer.training_step
 
-def watched(job, stratified, *args):
-    found = train(job, stratified, *args)
+def watched(job, kind, stratified, *args):
+    found = train(job, kind, stratified, *args)
     stratified.check()
     checked[:] = sorted(stratified.trainable)
     return found

@@ -263,6 +263,7 @@ def test_bad_races_are_refused_in_a_sentence(tmp_path: Path, bert: Path) -> None
 # ---------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command_goes_from_a_task_to_raced_strata(tmp_path: Path, bert: Path) -> None:
     data = task(60, scored=40)
     for split, frame in data.frames.items():
