@@ -187,7 +187,7 @@ def test_rows_that_are_there_are_not_made_again(remedies: ModuleType) -> None:
 @pytest.mark.parametrize(
     "study",
     [
-        "localization_minilm", "published_localization", "remedies_minilm", "retention_smollm2", "simulated_worlds",
+        "localization_minilm", "published_localization", "remedies_minilm", "retention_smollm2", "schedule", "simulated_worlds",
         "spans", "structural",
     ],
 )  # fmt: skip

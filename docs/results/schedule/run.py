@@ -145,7 +145,7 @@ def write_page() -> None:
         f"The built-in MiniLM ({BLOCKS} blocks) on {ITEMS} items of SST-2, a fifth of them held out, three epochs of batches of 8, "
         f"seeds {', '.join(map(str, SEEDS))}. Each method's plan lets every block train by LoRA and biases at a rate of 1e-3; "
         "the checkpoint is chosen on the held-out items, and the accuracy is that of SST-2's development set (872 items: one "
-        "standard error is about a point). *lost*: accuracy of fresh probes on a task's hidden states before training minus "
+        "standard error is 1.4 points). *lost*: accuracy of fresh probes on a task's hidden states before training minus "
         f"that at a step, the mean over hidden states, on 200 items. Rules on forgetting read {READ}; {UNREAD} is read by none. "
         "*kept*: of the checkpoint that was chosen; *last*: after the last step.", "",
         "Made by `python docs/results/schedule/run.py` from the CSV files beside it.", "",
@@ -205,8 +205,8 @@ def _said(rows: pd.DataFrame) -> list[str]:
         said = "; ".join(f"{k} with every seed: {', '.join(v) or 'none'}" for k, v in signs.items())
         found.append(f"- {what}{'' if column == 'accuracy' else ', last'}, against the static plan: {said}.")
     found.append(
-        f"- With {len(SEEDS)} seeds, agreement of all has a chance of one in four for a method that changes nothing, so that a "
-        "method in these lists is a hint and no result. One model, one task, one learning rate: that of the static plan."
+        f"- With {len(SEEDS)} seeds, agreement of all has a chance of one in four for a method that changes nothing, and "
+        "all methods are compared with the same three static runs, so that these lists are hints and no results. One model, one task, one learning rate: that of the static plan."
     )
     return found
 
