@@ -187,8 +187,8 @@ def test_rows_that_are_there_are_not_made_again(remedies: ModuleType) -> None:
 @pytest.mark.parametrize(
     "study",
     [
-        "localization_minilm", "published_localization", "remedies_minilm", "retention_smollm2", "simulated_worlds",
-        "spans", "structural",
+        "localization_minilm", "published_localization", "remedies_minilm", "retention_smollm2", "schedule",
+        "simulated_worlds", "spans", "structural",
     ],
 )  # fmt: skip
 def test_a_committed_page_is_made_of_its_rows(study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

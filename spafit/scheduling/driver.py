@@ -371,7 +371,7 @@ class ScheduleDriver(TrainerCallback, ExportableState):
     ) -> None:  # fmt: skip
         found = differences(before, after, self.rate)
         if restored:
-            found.append(("values", "trained", f"{restored} parameters as before training", "restored"))
+            found.append(("values", "trained", f"{restored} tensors as before training", "restored"))
         for what, one, two, label in found:
             row = (self.seed, step, epoch, rule, what, one, two, reason, label)
             self.rows.append(dict(zip(SCHEDULE_COLUMNS, row, strict=True)))
