@@ -174,7 +174,7 @@ def test_twenty_run_folders_go_through_the_command_as_announced(kind, fewest, mo
         out = tmp_path / f"out{number}"
         command = ["localize", results.folder, "--causal", tmp_path / "skipped.csv", "--out", out, "-q"]
         run = CliRunner().invoke(app, [str(a) for a in command])
-        assert run.exit_code == 0, run.output
+        assert run.exit_code == 0, (run.output, run.exception)
         test = LocalizationRuns.load(out).runs[0].test
         assert [c.name for c in test.conditions if c.tested][:3] == ["L1", "L2", "L3"]
         supported += test.verdict == "supported"

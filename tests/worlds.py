@@ -205,8 +205,8 @@ def write_run(
                         )
                     )  # fmt: skip
             scores.append(
-                {"task": task, "level": level, "unit": "sentence", "site": "block", "split": "test", "metric": "bits",
-                 "pooling": pooling, "probe": probe, "n": items, "value": 0.0}
+                {"task": task, "level": level, "unit": "sentence", "stack": "encoder", "site": "block", "split": "test",
+                 "metric": "bits", "pooling": pooling, "probe": probe, "n": items, "value": 0.0}
             )  # fmt: skip
         tables[task] = pd.concat(parts, ignore_index=True)
     table = pd.DataFrame(scores)
